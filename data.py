@@ -1,0 +1,292 @@
+"""Problems, prompts and steps: the embedded toy world, GSM8K, MATH, MathInstruct, and any JSONL.
+
+A `Problem` is a question and its gold answer (bare, or a reference solution that holds it: grader.py reads both).
+The *embedded world* needs no download, and its steps can be checked exactly (`oracle`), which no natural data set
+allows. A problem is a chain of 3 to 6 operations, applied from left to right, modulo 100; the letters b, c, ...
+number the operations:
+
+    question   41b+5c+3d-9e*5f+2=
+    response   b41+5=46       46 is carried to the next line
+               c46+3=49
+               d49-9=40
+               e40*5=00
+               f00+2=02
+               ####02         the answer, in GSM8K's notation, then <eos>
+
+Left out: mixtures of data sets, deduplication of training against evaluation questions.
+
+Run `python data.py toy` (or gsm8k, math, mathinstruct, FILE.jsonl) to see a few problems as the policy sees them.
+"""
+
+import json
+import random
+import re
+import sys
+import zlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
+
+
+class UserError(Exception):
+    """A mistake of the user's (a missing file, a wrong model): one sentence, and exit status 2 instead of a traceback."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    question: str
+    answer: str  # the gold answer, or a reference solution that ends in it
+
+
+# ------------------------------------------------------------------------------------------------ the embedded world
+
+TOY_CHARS = "0123456789bcdefg+-*=\n"
+STEP_LETTERS = "bcdefg"
+
+
+def toy_problem(rng: random.Random) -> Problem:
+    value = rng.randrange(100)
+    question = f"{value:02d}"
+    for letter in STEP_LETTERS[: rng.randint(3, 6)]:
+        question += letter + rng.choice("+-*") + str(rng.randint(2, 9))
+    question += "="
+    return Problem(question, toy_lines(question)[-1])
+
+
+def toy_lines(question: str) -> list[str]:
+    """The one right line of each step, then the answer line: `["b41+5=46", ..., "####02"]`."""
+    match = re.fullmatch(r"(\d\d)((?:[b-g][-+*]\d)+)=", question)
+    if match is None:
+        raise UserError(f"{question!r} is not a problem of the embedded world (such as 41b+5c*3=)")
+    lines, value = [], int(match[1])
+    for letter, op, operand in re.findall(r"([b-g])([-+*])(\d)", match[2]):
+        x = int(operand)
+        result = (value + x if op == "+" else value - x if op == "-" else value * x) % 100
+        lines.append(f"{letter}{value:02d}{op}{operand}={result:02d}")
+        value = result
+    return lines + [f"####{value:02d}"]
+
+
+def toy_problems(split: str, n: int, seed: int = 0) -> list[Problem]:
+    """n distinct problems. A question belongs to "test" if its checksum is divisible by 8, else to "train": a test
+    problem is unseen by construction, whatever the seeds."""
+    rng, problems = random.Random(f"{split}-{seed}"), {}
+    while len(problems) < n:
+        p = toy_problem(rng)
+        if (zlib.crc32(p.question.encode()) % 8 == 0) == (split == "test"):
+            problems[p.question] = p
+    return list(problems.values())
+
+
+def toy_solution(question: str, rng: random.Random, repeat: float = 0.1, max_lines: int = 13) -> str:
+    """A demonstration for the warm start. After each line an earlier one is restated with probability `repeat`, again
+    and again: correct but needless steps. Real LLMs restate as well, and a policy can only exploit what it explores."""
+    *lines, answer = toy_lines(question)
+    out = []
+    for k, line in enumerate(lines):
+        out.append(line)
+        while rng.random() < repeat and len(out) + len(lines) - k < max_lines:
+            out.append(line if rng.random() < 0.7 else rng.choice(out))
+    return "\n".join(out + [answer])
+
+
+def oracle(question: str, response: str) -> list[bool]:
+    """Exact process labels of the embedded world: step k is good if it and all steps before it are right lines of the
+    problem. A repeated right line is good: correct, and needless."""
+    right, good, labels, start = set(toy_lines(question)), True, [], 0
+    for end in split_steps(response, "\n"):
+        good = good and response[start:end].strip("\n") in right
+        labels.append(good)
+        start = end
+    return labels
+
+
+def toy_tokenizer():
+    """One token per character, `####` one token, `<eos>` and `<pad>` apart (pad == eos would destroy the EOS mask)."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<eos>", "<unk>"]
+    vocab = {token: i for i, token in enumerate(special + ["####"] + list(TOY_CHARS))}
+    tok = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tok.pre_tokenizer = pre_tokenizers.Split(Regex(r"####|[\s\S]"), behavior="isolated")
+    tok.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+# ------------------------------------------------------------------------------------------------ data sets
+
+HUB = {  # name -> (hub name, configuration)
+    "gsm8k": ("openai/gsm8k", "main"),
+    "math": ("DigitalLearningGmbH/MATH-lighteval", None),
+    "mathinstruct": ("TIGER-Lab/MathInstruct", None),
+}
+FIELDS = (("question", "answer"), ("problem", "answer"), ("problem", "solution"), ("instruction", "output"))
+
+
+def load_problems(name: str, split: str = "train", limit: int | None = None) -> list[Problem]:
+    """Problems by name: `toy`, `gsm8k`, `math`, `mathinstruct`, a JSONL file, or any data set of the hub with the
+    fields (question, answer), (problem, answer | solution) or (instruction, output).
+
+    Raises UserError if there is no such file or data set, a line is malformed, or nothing is left."""
+    if name == "toy":
+        return toy_problems(split, limit or (20_000 if split == "train" else 1000))
+    path = Path(name)
+    if path.is_file():
+        rows = read_jsonl(path)
+    elif path.suffix in (".jsonl", ".json") or path.exists():
+        raise UserError(f"{name}: no such JSONL file")
+    else:
+        rows = ((f"{name} row {i}", row) for i, row in enumerate(load_hub(name, split), 1))
+    problems = []
+    for where, row in rows:
+        # MathInstruct's "program of thought" half answers in Python, which nothing here runs.
+        if isinstance(row, dict) and str(row.get("source", "")).startswith("data/PoT"):
+            continue
+        problems.append(to_problem(row, where))
+        if limit and len(problems) == limit:
+            break
+    if not problems:
+        raise UserError(f"{name}: holds no problems")
+    return problems
+
+
+def read_jsonl(path: Path):
+    """Yields ("FILE line 3", row) for each line that is not blank."""
+    with open(path, encoding="utf-8") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{path} line {number}", json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} line {number}: not JSON ({error.msg})") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: not UTF-8 text") from None
+
+
+def to_problem(row: dict, where: str) -> Problem:
+    for q, a in FIELDS:
+        if isinstance(row, dict) and q in row and a in row:
+            if isinstance(row[q], str) and row[q].strip() and isinstance(row[a], str | int | float):
+                return Problem(row[q], str(row[a]))
+            raise UserError(f"{where}: {q} and {a} must be text that is not empty")
+    raise UserError(f"{where}: needs the fields (question, answer) or (problem, solution | answer)")
+
+
+def load_hub(name: str, split: str):
+    import datasets
+
+    path, config = HUB.get(name, (name, None))
+    if name == "mathinstruct" and split != "train":
+        raise UserError("mathinstruct has no test split: evaluate on math or gsm8k")
+    try:
+        return datasets.load_dataset(path, config, split=split)
+    except Exception as error:  # the hub's client raises many kinds; all mean the same to the user
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"cannot load the data set {path} ({reason}); give a local JSONL file instead") from None
+
+
+# ------------------------------------------------------------------------------------------------ prompts and steps
+
+
+def encode_prompt(tokenizer, question: str, template: str) -> list[int]:
+    """Token ids of the prompt: by the tokenizer's chat template where it has one, else by the plain `template`."""
+    if tokenizer.chat_template:
+        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.encode(text, add_special_tokens=False)
+    return tokenizer.encode(template.replace("{question}", question))
+
+
+def encode_prompts(tokenizer, problems: list[Problem], template: str, max_tokens: int) -> list[list[int]]:
+    """Prompts of all problems. Raises UserError if one is empty or longer than max_tokens: cutting a question silently
+    would make it unanswerable."""
+    prompts = [encode_prompt(tokenizer, p.question, template) for p in problems]
+    longest = max(prompts, key=len)
+    if len(longest) > max_tokens:
+        raise UserError(
+            f"{sum(len(p) > max_tokens for p in prompts)} of {len(prompts)} prompts are longer than the limit of "
+            f"{max_tokens} tokens (the longest has {len(longest)}); raise --max-prompt-tokens or drop them"
+        )
+    if not all(prompts):
+        raise UserError("a prompt has no tokens; give a --prompt template with some text")
+    return prompts
+
+
+def split_steps(text: str, separator: str, finished: bool = True) -> list[int]:
+    """Character offsets at which the steps of a response end, each just behind its separator.
+
+    Pieces without text (a doubled separator) belong to the step before. What follows the last separator is a step only
+    if the response is finished: a truncated step is not complete and is not judged. `"a\\nb"` -> [2, 3]."""
+    ends, start = [], 0
+    while start < len(text):
+        cut = text.find(separator, start)
+        last = cut < 0
+        end = len(text) if last else cut + len(separator)
+        if text[start:end].strip():
+            if not last or finished:
+                ends.append(end)
+        elif ends:
+            ends[-1] = end
+        start = end
+    return ends
+
+
+def token_ends(tokenizer, ids: list[int]) -> tuple[str, list[int]]:
+    """The text of the sampled ids, and for each token the number of characters up to its end.
+
+    Sampled ids need not be what the tokenizer would make of their text, so re-encoding cannot give the offsets."""
+    text = decode(tokenizer, ids)
+    ends, total = [], 0
+    for i in ids:
+        total += token_length(tokenizer, i)
+        ends.append(total)
+    if total != len(text):  # byte pieces of one character, or a tokenizer that drops a leading blank: decode prefixes
+        ends = [min(len(decode(tokenizer, ids[: t + 1])), len(text)) for t in range(len(ids))]
+    return text, ends
+
+
+def decode(tokenizer, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+@lru_cache(maxsize=500_000)
+def token_length(tokenizer, i: int) -> int:
+    return len(decode(tokenizer, [i]))
+
+
+def step_ends(tokenizer, ids: list[int], separator: str, truncated: bool) -> list[int]:
+    """Index of the last token of each step of a response (K,), strictly increasing.
+
+    A step's last token is the one that holds its last character; tokens and steps need not align, so one token may end
+    two steps, which then count as one. The last step of a finished response ends at its last token (EOS)."""
+    text, ends = token_ends(tokenizer, ids)
+    steps, t = [], 0
+    for end in split_steps(text, separator, finished=not truncated):
+        while t < len(ids) - 1 and ends[t] < end:
+            t += 1
+        if not steps or steps[-1] < t:
+            steps.append(t)
+    if steps and not truncated:
+        steps[-1] = len(ids) - 1
+    return steps
+
+
+def run_script(main) -> None:
+    """Call a script's main(); a UserError becomes one sentence on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main():
+    for problem in load_problems(sys.argv[1] if len(sys.argv) > 1 else "toy", limit=3):
+        print(f"question  {problem.question}\nanswer    {problem.answer}\n")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,346 @@
+"""Models and their attention: any transformers causal LM of the Qwen2 / Llama family as policy, critic or reward model.
+
+Training and scoring never pad. Sequences lie end to end in one row (`Packed`), and the sampler decodes one token per
+slot of a preallocated KV cache (`Decode`). Both are served by one function registered with transformers' attention
+interface, which calls flash_attn where it is installed, torch's own kernels on CUDA, and SDPA on CPU. The model code
+itself is transformers', untouched.
+
+`ScalarModel` adds one scalar head: the critic reads it as a value, ORM and PRM as the logit of "correct".
+
+Left out: sliding windows, softcaps and attention sinks (refused with a sentence), sharding (data parallel only).
+
+Nothing to run here; tests/test_model.py shows each part beside the padded model it must equal.
+"""
+
+import inspect
+import json
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import groupby
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+
+from data import UserError
+
+transformers.utils.logging.disable_progress_bar()  # "Loading weights" would break up the bars that mean something
+
+try:
+    from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
+except ImportError:
+    flash_attn_varlen_func = flash_attn_with_kvcache = None
+try:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.13 wants to be told of grouped heads, torch 2.11 has no such argument and groups by itself
+    GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+except ImportError:
+    varlen_attn, GQA = None, {}
+
+ATTENTION = "packed_or_decode"  # transformers matches names: it must not contain sdpa, flash or flex_attention
+
+
+# ------------------------------------------------------------------------------------------------ attention
+
+
+class KVCache:
+    """Keys and values of S slots: k, v are (layers, S, max_tokens, kv_heads, head_dim)."""
+
+    def __init__(self, config, slots: int, max_tokens: int, dtype: torch.dtype, device):
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = (config.num_hidden_layers, slots, max_tokens, config.num_key_value_heads, head_dim)
+        # zeros, not empty: a masked key still meets its value, and 0 * nan is nan
+        self.k, self.v = torch.zeros(2, *shape, dtype=dtype, device=device)
+
+    def copy(self, source: Tensor, target: Tensor, tokens: int) -> None:
+        """Copy the first `tokens` positions of the slots `source` (M,) to the slots `target` (M,)."""
+        for x in (self.k, self.v):
+            x[:, target, :tokens] = x[:, source, :tokens]
+
+
+class Packed:
+    """B sequences end to end in one row of N tokens; positions restart at 0 in each.
+
+    sequences: token ids of each. prompt_lengths: how many of them are the prompt, where a model wants to know.
+    cache, slots (B,): in a prefill, keys and values are also written to these slots."""
+
+    def __init__(
+        self,
+        sequences: list[list[int]],
+        device="cpu",
+        prompt_lengths: list[int] | None = None,
+        cache: KVCache | None = None,
+        slots: Tensor | None = None,
+    ):
+        self.lengths = [len(s) for s in sequences]
+        lengths = torch.tensor(self.lengths)  # (B,)
+        ends = lengths.cumsum(0)
+        self.starts = (ends - lengths).tolist()
+        self.last = (ends - 1).to(device)  # (B,) index of each sequence's last token
+        self.max_length = max(self.lengths)
+        self.ids = torch.tensor([i for s in sequences for i in s], device=device)[None]  # (1, N)
+        positions = torch.arange(int(ends[-1])) - torch.repeat_interleave(ends - lengths, lengths)
+        self.position_ids = positions[None].to(device)  # (1, N)
+        if prompt_lengths is not None:
+            response = positions >= torch.repeat_interleave(torch.tensor(prompt_lengths), lengths)
+            self.is_response = response.to(device)  # (N,)
+        self.cu = F.pad(ends, (1, 0)).to(device, torch.int32)  # (B + 1,)
+        # runs of equal length, [(length, how many)]: on CPU each run is one attention call (see `packed_cpu`)
+        self.runs = [(n, len(list(same))) for n, same in groupby(self.lengths)]
+        self.cache = cache
+        if cache is not None:
+            self.token_slots = torch.repeat_interleave(slots.to(device), lengths.to(device))  # (N,)
+
+
+@dataclass
+class Decode:
+    """One new token for each of the first B slots of a cache."""
+
+    cache: KVCache
+    lengths: Tensor  # (B,) tokens in the cache, before this one
+    window: int  # keys to look at, on the host: at least max(lengths) + 1
+
+    def __post_init__(self):
+        self.position_ids = self.lengths[:, None]  # (B, 1)
+        self.rows = torch.arange(len(self.lengths), device=self.lengths.device)
+        keys = torch.arange(self.window, device=self.lengths.device)
+        self.mask = (keys <= self.lengths[:, None])[:, None, None]  # (B, 1, 1, window)
+
+
+def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, seqs=None, **kw):
+    """transformers' attention interface: query (B, Hq, T, D), key and value (B, Hkv, T, D), rotated -> (B, T, Hq, D).
+
+    `seqs`, a Packed or a Decode, travels through the model call as a keyword argument."""
+    if sliding_window is not None or kw.get("softcap") is not None or getattr(module, "sinks", None) is not None:
+        raise UserError("this model uses sliding windows, softcaps or sinks, which the attention here leaves out")
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast the rotation left them in float32
+    attend = packed_attention if isinstance(seqs, Packed) else decode_attention
+    return attend(module.layer_idx, query, key, value, scaling, seqs), None
+
+
+def packed_attention(layer: int, query, key, value, scale: float, seqs: Packed) -> Tensor:
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, H, D)
+    if seqs.cache is not None:
+        seqs.cache.k[layer][seqs.token_slots, seqs.position_ids[0]] = k
+        seqs.cache.v[layer][seqs.token_slots, seqs.position_ids[0]] = v
+    if q.is_cuda and q.dtype != torch.float32:
+        cu, m = seqs.cu, seqs.max_length
+        if flash_attn_varlen_func is not None:
+            return flash_attn_varlen_func(q, k, v, cu, cu, m, m, softmax_scale=scale, causal=True)[None]
+        if varlen_attn is not None:
+            return varlen_attn(q, k, v, cu, cu, m, m, scale=scale, window_size=(-1, 0), **GQA)[None]
+    return packed_cpu(query, key, value, scale, seqs)
+
+
+def packed_cpu(query, key, value, scale: float, seqs: Packed) -> Tensor:
+    """SDPA over runs of equally long sequences: views of the packed row, so neither padding nor a mask."""
+    out, start = [], 0
+    for length, count in seqs.runs:
+        span = slice(start, start + length * count)
+        q, k, v = (x[0, :, span].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value))
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        out.append(o.transpose(1, 2).flatten(0, 1))  # (count * length, Hq, D)
+        start = span.stop
+    return torch.cat(out)[None]
+
+
+def decode_attention(layer: int, query, key, value, scale: float, seqs: Decode) -> Tensor:
+    B, Hq, _, D = query.shape
+    k_cache, v_cache = seqs.cache.k[layer, :B], seqs.cache.v[layer, :B]  # (B, max_tokens, Hkv, D)
+    if query.is_cuda and flash_attn_with_kvcache is not None and query.dtype != torch.float32:
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        lengths = seqs.lengths.to(torch.int32)
+        return flash_attn_with_kvcache(q, k_cache, v_cache, k, v, lengths, softmax_scale=scale, causal=True)
+    k_cache[seqs.rows, seqs.lengths] = key[:, :, 0]
+    v_cache[seqs.rows, seqs.lengths] = value[:, :, 0]
+    k, v = (x[:, : seqs.window].transpose(1, 2) for x in (k_cache, v_cache))
+    # Grouped-query attention: a group's query heads become query rows, so the KV heads are never repeated.
+    q = query.reshape(B, k.shape[1], -1, D)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seqs.mask, scale=scale).reshape(B, 1, Hq, D)
+
+
+AttentionInterface.register(ATTENTION, attention)
+
+
+# ------------------------------------------------------------------------------------------------ models
+
+
+def toy_model(tokenizer, seed: int, hidden: int = 64, layers: int = 3, heads: int = 4) -> nn.Module:
+    """The embedded world's policy, untrained: Qwen2's architecture with 160,000 parameters."""
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=256, tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
+    for name, p in model.named_parameters():
+        if p.dim() == 2 and "embed" not in name:  # 0.02, right for wide layers, would start these narrow ones too small
+            nn.init.normal_(p, std=p.shape[1] ** -0.5 * (0.5 if "o_proj" in name or "down_proj" in name else 1))
+    return model
+
+
+def load_tokenizer(path: str):
+    """Raises UserError if there is none, or none that ends its answers."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # which exception a missing or broken tokenizer raises varies between versions
+        raise UserError(f"{path}: cannot load a tokenizer ({first_line(error)})") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{path}: the tokenizer has no EOS token, so no answer would ever end")
+    return tokenizer
+
+
+def load_causal_lm(path: str, dtype=torch.float32, device="cpu") -> nn.Module:
+    """A causal LM with our attention, from a folder or a hub name. Raises UserError if it cannot be loaded."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=ATTENTION, dtype=dtype)
+    except Exception as error:
+        raise UserError(f"{path}: cannot load a causal language model ({first_line(error)})") from None
+    return model.to(device).eval()  # eval: dropout in the training forward would make the ratio start off 1
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def eos_ids(model, tokenizer) -> list[int]:
+    """All tokens that end an answer; chat models have more than one."""
+    ids = model.generation_config.eos_token_id
+    ids = ids if isinstance(ids, list) else [ids]
+    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
+class ScalarModel(nn.Module):
+    """A causal LM with a scalar head on every token: critic, ORM or PRM. Packed -> (N,) float32.
+
+    With `likelihood` the head also reads the lowest log-probability that the LM itself gave to a response token so far.
+    At each token an LM knows what it would have written; what was written instead shows here, and hardly in its hidden
+    states, from which a small reward model would have to learn the world anew."""
+
+    def __init__(self, lm: nn.Module, likelihood: bool = False):
+        super().__init__()
+        self.lm, self.likelihood = lm, likelihood
+        self.head = nn.Linear(lm.config.hidden_size + likelihood, 1).to(lm.device)  # float32
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, packed: Packed) -> Tensor:
+        hidden = self.lm.base_model(
+            input_ids=packed.ids, position_ids=packed.position_ids, seqs=packed, use_cache=False
+        ).last_hidden_state[0]
+        x = hidden.float()
+        if self.likelihood:
+            x = torch.cat([x, self.lowest_log_prob(hidden, packed)[:, None]], 1)
+        return self.head(x).squeeze(-1)
+
+    def lowest_log_prob(self, hidden: Tensor, packed: Packed) -> Tensor:
+        logp = self.lm.lm_head(hidden[:-1]).float().log_softmax(-1)
+        logp = F.pad(logp.gather(-1, packed.ids[0, 1:, None]).squeeze(-1), (1, 0))  # (N,) of each token, given those before
+        logp = logp * packed.is_response
+        return torch.cat([x.cummin(0).values for x in logp.split(packed.lengths)])
+
+    def save(self, path: str | Path) -> None:
+        """A folder with the LM in Hugging Face format and the head in head.safetensors."""
+        self.lm.save_pretrained(path)
+        save_file(self.head.state_dict(), Path(path) / "head.safetensors")
+        Path(path, "head.json").write_text(json.dumps({"likelihood": self.likelihood}))
+
+    @classmethod
+    def load(cls, path: str | Path, dtype=torch.float32, device="cpu") -> "ScalarModel":
+        """Raises UserError for a folder that `save` did not write."""
+        if not Path(path, "head.safetensors").is_file():
+            raise UserError(f"{path}: not a reward model that prm.py trained (it has no head.safetensors)")
+        model = cls(load_causal_lm(path, dtype, device), json.loads(Path(path, "head.json").read_text())["likelihood"])
+        model.head.load_state_dict(load_file(Path(path, "head.safetensors")))
+        return model.eval()
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+
+def start_processes() -> tuple[int, int, torch.device]:
+    """Rank, world size and device, under torchrun or alone."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
+    return int(os.environ.get("RANK", 0)), world, torch.device("cuda", local) if cuda else torch.device("cpu")
+
+
+def all_reduce(x: Tensor, op: str = "sum") -> Tensor:
+    """Sum or maximum over the ranks, on the CPU."""
+    if not dist.is_initialized():
+        return x
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    y = x.to(device, copy=True)
+    dist.all_reduce(y, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
+    return y.to(x.device)
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather(rows: list) -> list:
+    """The rows of all ranks, in the order of the ranks."""
+    if not dist.is_initialized():
+        return rows
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for the hidden matrices of small models: momentum, orthogonalised by Newton-Schulz iterations in float32.
+
+    torch.optim.Muon iterates in bfloat16, one matrix at a time, which on a CPU takes longer than the whole backward
+    pass of the embedded model; here all matrices of one shape go together. The update has the RMS of AdamW's."""
+
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for shape in {p.shape for p in group["params"]}:
+                params = [p for p in group["params"] if p.shape == shape]
+                x = torch.stack([p.grad for p in params])
+                momentum = self.state[params[0]].setdefault("momentum", torch.zeros_like(x))
+                momentum.lerp_(x, 1 - group["momentum"])
+                x = x.lerp(momentum, group["momentum"])
+                x = x.mT if shape[0] > shape[1] else x
+                x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+                for _ in range(5):
+                    a = x @ x.mT
+                    x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+                x = x.mT if shape[0] > shape[1] else x
+                for p, u in zip(params, x):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(u, alpha=-0.2 * group["lr"] * max(shape) ** 0.5)
+
+
+def optimizer_step(model: nn.Module, optimizers: list, max_grad_norm: float) -> float:
+    """Sum the gradients over the ranks (losses are already divided by global counts), clip, step; returns their norm."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    if dist.is_initialized():
+        for p in params:  # a rank without rows has none, but must take part
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        flat = nn.utils.parameters_to_vector([p.grad for p in params])
+        dist.all_reduce(flat)
+        nn.utils.vector_to_parameters(flat, [p.grad for p in params])
+    norm = nn.utils.clip_grad_norm_(params, max_grad_norm)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return norm.item()
