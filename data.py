@@ -23,7 +23,7 @@ import random
 import re
 import sys
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -32,6 +32,11 @@ SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}
 
 class UserError(Exception):
     """A mistake of the user's (a missing file, a wrong model): one sentence, and exit status 2 instead of a traceback."""
+
+
+def option(default, help: str, **more):
+    """A field of an options dataclass, with its help text."""
+    return field(default=default, metadata={"help": help, **more})
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,16 @@ def toy_problem(rng: random.Random) -> Problem:
     return Problem(question, toy_lines(question)[-1])
 
 
+TOY_QUESTION = re.compile(r"(\d\d)((?:[b-g][-+*]\d)+)=")
+
+
+def is_toy(question: str) -> bool:
+    return TOY_QUESTION.fullmatch(question) is not None
+
+
 def toy_lines(question: str) -> list[str]:
     """The one right line of each step, then the answer line: `["b41+5=46", ..., "####02"]`."""
-    match = re.fullmatch(r"(\d\d)((?:[b-g][-+*]\d)+)=", question)
+    match = TOY_QUESTION.fullmatch(question)
     if match is None:
         raise UserError(f"{question!r} is not a problem of the embedded world (such as 41b+5c*3=)")
     lines, value = [], int(match[1])

@@ -22,10 +22,10 @@ import torch
 from transformers import HfArgumentParser
 
 import prm
-from data import Problem, UserError, decode, encode_prompts, load_problems, run_script, step_ends
+from data import Problem, UserError, decode, encode_prompts, load_problems, option, run_script, step_ends
 from grader import extract, grade
 from model import ScalarModel, eos_ids, gather, load_causal_lm, load_tokenizer, start_processes
-from rollout import Batch, Sample, rollout
+from rollout import Sample, rollout
 
 # ------------------------------------------------------------------------------------------------ answers
 
@@ -207,27 +207,28 @@ def draw_curves(folders: list[str], path: str) -> None:
 
 @dataclass
 class Options:
-    model: str = field(default="", metadata={"help": "a run's folder, a model's folder or a hub name"})
+    model: str = option("", "a run's folder, a model's folder or a hub name")
     runs: list[str] = field(default_factory=list, metadata={"help": "folders of runs to compare, instead of --model"})
-    figure: str = field(default="", metadata={"help": "with --runs: write the curves to this file (png, pdf, svg)"})
-    data: str = field(default="", metadata={"help": "problems (see train.py); empty: the run's evaluation problems"})
-    problems: int = field(default=1000, metadata={"help": "how many problems at most"})
-    n: int = field(default=1, metadata={"help": "sampled answers per problem; above 1 also pass@k, votes, best-of-n"})
-    prm: str = field(default="", metadata={"help": "folder of a PRM: best-of-n and weighted votes by it"})
-    orm: str = field(default="", metadata={"help": "folder of an ORM, likewise"})
-    temperature: float = field(default=1.0, metadata={"help": "of the sampled answers"})
-    prompt: str = field(default="Question: {question}\nAnswer:", metadata={"help": "prompt without a chat template"})
-    separator: str = field(default="\n", metadata={"help": "what stands between two steps"})
-    max_prompt_tokens: int = field(default=1024, metadata={"help": "longest prompt that is accepted"})
-    max_new_tokens: int = field(default=1024, metadata={"help": "longest answer; a longer one is truncated, and wrong"})
-    slots: int = field(default=256, metadata={"help": "answers that decode at once"})
-    seed: int = field(default=0, metadata={"help": "of the sampled answers"})
-    out: str = field(default="", metadata={"help": "write the results to this JSON file"})
-    answers: str = field(default="", metadata={"help": "write every answer to this JSONL file"})
+    figure: str = option("", "with --runs: write the curves to this file (png, pdf, svg)")
+    data: str = option("", "problems (see train.py); empty: the run's evaluation problems")
+    problems: int = option(1000, "how many problems at most")
+    n: int = option(1, "sampled answers per problem; above 1 also pass@k, votes, best-of-n")
+    prm: str = option("", "folder of a PRM: best-of-n and weighted votes by it")
+    orm: str = option("", "folder of an ORM, likewise")
+    temperature: float = option(1.0, "of the sampled answers")
+    prompt: str = option("Question: {question}\nAnswer:", "prompt without a chat template")
+    separator: str = option("\n", "what stands between two steps")
+    max_prompt_tokens: int = option(1024, "longest prompt that is accepted")
+    max_new_tokens: int = option(1024, "longest answer; a longer one is truncated, and wrong")
+    slots: int = option(256, "answers that decode at once")
+    seed: int = option(0, "of the sampled answers")
+    out: str = option("", "write the results to this JSON file")
+    answers: str = option("", "write every answer to this JSONL file")
 
 
 def parse(argv: list[str] | None = None) -> Options:
-    parser = HfArgumentParser(Options, usage="python eval.py --model M | --runs R [R ...] [--OPTION VALUE ...]", allow_abbrev=False)
+    usage = "python eval.py --model M | --runs R [R ...] [--OPTION VALUE ...]"
+    parser = HfArgumentParser(Options, usage=usage, allow_abbrev=False)
     o = Options(**vars(parser.parse_args(argv)))
     if bool(o.model) == bool(o.runs):
         raise UserError("give either --model or --runs")
@@ -250,14 +251,12 @@ def parse(argv: list[str] | None = None) -> Options:
 def evaluate_model(o: Options, rank: int, world: int, device) -> None:
     tokenizer, model = load_tokenizer(o.model), load_causal_lm(o.model, device=device)
     problems = load_problems(o.data, "test", o.problems)
-    shared = dict(max_new_tokens=o.max_new_tokens, max_prompt_tokens=o.max_prompt_tokens, slots=o.slots, rank=rank, world=world)
-    greedy, greedy_rows = evaluate(
-        model, tokenizer, problems, o.prompt, o.separator, temperature=0.0, progress="greedy", **shared
-    )
-    sampled, rows = evaluate(
-        model, tokenizer, problems, o.prompt, o.separator, temperature=o.temperature, n=o.n, seed=o.seed,
-        progress="sampled", **shared,
+    run = lambda **more: evaluate(
+        model, tokenizer, problems, o.prompt, o.separator, max_new_tokens=o.max_new_tokens, slots=o.slots,
+        max_prompt_tokens=o.max_prompt_tokens, rank=rank, world=world, **more,
     )  # fmt: skip
+    greedy, greedy_rows = run(temperature=0.0, progress="greedy")
+    sampled, rows = run(temperature=o.temperature, n=o.n, seed=o.seed, progress="sampled")
     if rank > 0:
         return
     results = {"greedy": greedy, "sampled": sampled}

@@ -189,6 +189,8 @@ def toy_model(tokenizer, seed: int, hidden: int = 64, layers: int = 3, heads: in
 
 def load_tokenizer(path: str):
     """Raises UserError if there is none, or none that ends its answers."""
+    if Path(path).is_dir() and not any(any(Path(path).glob(p)) for p in ("tokenizer*", "vocab*", "*.model")):
+        raise UserError(f"{path}: the folder has no tokenizer")  # transformers would make an empty one
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # which exception a missing or broken tokenizer raises varies between versions
@@ -205,6 +207,12 @@ def load_causal_lm(path: str, dtype=torch.float32, device="cpu") -> nn.Module:
     except Exception as error:
         raise UserError(f"{path}: cannot load a causal language model ({first_line(error)})") from None
     return model.to(device).eval()  # eval: dropout in the training forward would make the ratio start off 1
+
+
+def same_tokenizer(tokenizer, path: str) -> None:
+    """Raises UserError if the model at `path` reads other tokens than this tokenizer writes."""
+    if load_tokenizer(path).get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"{path}: its tokenizer is not the policy's, so it cannot read the policy's tokens")
 
 
 def first_line(error: Exception) -> str:
@@ -239,7 +247,8 @@ class ScalarModel(nn.Module):
         x = hidden.float()
         if self.likelihood:
             x = torch.cat([x, self.lowest_log_prob(hidden, packed)[:, None]], 1)
-        return self.head(x).squeeze(-1)
+        with torch.autocast(x.device.type, enabled=False):  # float32 even where the LM runs in bfloat16
+            return self.head(x).squeeze(-1)
 
     def lowest_log_prob(self, hidden: Tensor, packed: Packed) -> Tensor:
         logp = self.lm.lm_head(hidden[:-1]).float().log_softmax(-1)

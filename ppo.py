@@ -4,12 +4,13 @@
     L_pi = - mean over tokens of min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A)          `policy_loss`
     L_V  = 0.5 * mean over tokens of max((V - R)^2, (clip(V, V_old +- eps_V) - R)^2)        `value_loss`
 
-Tensors are (B, T): B responses of up to T tokens. Only these small tensors are padded; models see packed rows of N tokens. All sums are divided by the number of response tokens of the
-whole minibatch over all ranks, so the gradient depends neither on micro-batches nor on the number of ranks.
+Tensors are (B, T): B responses of up to T tokens. Only these small tensors are padded; models see packed rows of N tokens.
+All sums are divided by the number of response tokens of the whole minibatch over all ranks, so the gradient depends
+neither on micro-batches nor on the number of ranks.
 
 Left out: adaptive KL coefficients, entropy bonus, dual clip, early stopping by KL.
 
-Nothing to run here; `python train.py` calls `Batch`, `score`, `gae`, `whiten` and `update` in this order.
+Nothing to run here; train.py calls `log_probs`, `score_values`, `gae`, `whiten` and `update` in this order.
 """
 
 from dataclasses import dataclass
@@ -81,6 +82,12 @@ def whiten(advantages: Tensor, mask: Tensor) -> Tensor:
     mean = masked_mean(advantages, mask)
     std = masked_mean((advantages - mean) ** 2, mask).sqrt()
     return ((advantages - mean) / (std + 1e-5) * mask).float()
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """1 - Var(R - V) / Var(R): 1 for a perfect critic, 0 for a constant one, below 0 for one that misleads."""
+    var = lambda x: (masked_mean(x**2, mask) - masked_mean(x, mask) ** 2).item()
+    return 1 - var(returns - values) / max(var(returns), 1e-12)
 
 
 class ValueNorm:

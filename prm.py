@@ -17,10 +17,12 @@ train.py calls `make_labels`, `train_reward_model`, `score_steps` and `score_out
 Left out: published PRMs and their formats, other label sources, sharing a prefix's cache among its completions.
 """
 
+import argparse
+import hashlib
 import json
 import random
 import zlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -29,73 +31,107 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from data import Problem, UserError, decode, encode_prompts, load_problems, oracle, run_script, step_ends, token_ends
+from data import (
+    Problem, UserError, decode, encode_prompts, is_toy, load_problems, option, oracle, read_jsonl, run_script, step_ends,
+)  # fmt: skip
 from grader import grade
-from model import ScalarModel, all_reduce, eos_ids, gather, load_causal_lm, load_tokenizer, optimizer_step, start_processes
+from model import (
+    ScalarModel, all_reduce, barrier, eos_ids, gather, load_causal_lm, load_tokenizer, optimizer_step, same_tokenizer,
+    start_processes,
+)  # fmt: skip
 from rollout import Batch, rollout
 
 
 @dataclass
 class LabelOptions:
-    problems: int = field(default=1000, metadata={"help": "questions to sample solutions for"})
-    samples: int = field(default=1, metadata={"help": "solutions per question"})
-    completions: int = field(default=4, metadata={"help": "completions per step prefix"})
-    prompt: str = field(default="{question}\n", metadata={"help": "prompt where the tokenizer has no chat template"})
-    separator: str = field(default="\n", metadata={"help": "what stands between two steps"})
-    max_prompt_tokens: int = field(default=1024, metadata={"help": "longest prompt that is accepted"})
-    max_new_tokens: int = field(default=1024, metadata={"help": "longest response; a longer one is truncated"})
-    temperature: float = field(default=1.0, metadata={"help": "of solutions and completions"})
-    slots: int = field(default=256, metadata={"help": "answers that decode at once"})
-    seed: int = field(default=0, metadata={"help": "random seed"})
+    problems: int = option(1000, "questions to sample solutions for")
+    samples: int = option(1, "solutions per question")
+    completions: int = option(4, "completions per step prefix")
+    prompt: str = option("Question: {question}\nAnswer:", "prompt where the tokenizer has no chat template")
+    separator: str = option("\n", "what stands between two steps")
+    max_prompt_tokens: int = option(1024, "longest prompt that is accepted")
+    max_new_tokens: int = option(1024, "longest response; a longer one is truncated")
+    temperature: float = option(1.0, "of solutions and completions")
+    slots: int = option(256, "answers that decode at once")
+    seed: int = option(0, "random seed")
+
+
+@dataclass
+class TrainOptions:
+    kind: str = option("prm", "prm or orm", choices=["prm", "orm"])
+    labels: str = option("hard", "hard: any completion right; soft: the share of right ones", choices=["hard", "soft"])
+    epochs: int = option(2, "passes over the labelled solutions")
+    lr: float = option(1e-5, "learning rate of the LM; linear warmup and decay")
+    head_lr: float = option(1e-3, "learning rate of the scalar head, which starts at zero")
+    batch_size: int = option(64, "solutions per optimizer step")
+    likelihood: bool = option(False, "let the head read the LM's own lowest log-probability, see model.ScalarModel")
 
 
 # ------------------------------------------------------------------------------------------------ labels
 
 
-def make_labels(policy, completer, tokenizer, problems: list[Problem], options: LabelOptions, path: Path, rank=0, world=1):
+CHUNK = 256  # questions between two writes
+
+
+def make_labels(
+    policy, completer, tokenizer, problems: list[Problem], options: LabelOptions, path: Path, rank: int = 0, world: int = 1
+) -> None:
     """Write one line per solution to `path`: question, answer, response, ids, truncated, correct, ends (K,) and labels
     (K,): the share of right completions of each prefix. Continues a file of the same options; refuses another's."""
     o, eos = options, eos_ids(policy, tokenizer)
     problems = problems[: o.problems]
     prompts = encode_prompts(tokenizer, problems, o.prompt, o.max_prompt_tokens)
     done = continue_labels(path, {**asdict(o), "questions": fingerprint(problems)}, o.samples) if rank == 0 else 0
-    done = int(all_reduce(torch.tensor(done if rank == 0 else 0)))
+    done = int(all_reduce(torch.tensor(done)))
     sampler = dict(eos_ids=eos, temperature=o.temperature, slots=o.slots)
     bar = tqdm(total=len(problems), initial=done, desc="labels", unit="question", disable=rank > 0)
-    right = steps = 0
-    for start in range(done, len(problems), 256):
-        mine = range(start + rank, min(start + 256, len(problems)), world)
-        seeds = [o.seed * 1_000_003 + 2 * i for i in mine]
-        solutions = rollout(policy, [prompts[i] for i in mine], o.samples, max_new_tokens=o.max_new_tokens, seeds=seeds, **sampler)
-        rows, prefixes, limits, where = [], [], [], []
-        for i, samples in zip(mine, solutions):
-            for s in samples:
-                text, ends = decode(tokenizer, s.ids), step_ends(tokenizer, s.ids, o.separator, s.truncated)
-                correct = not s.truncated and grade(problems[i].answer, text)
-                rows.append(dict(index=i, question=problems[i].question, answer=problems[i].answer, response=text, ids=s.ids,
-                                 truncated=s.truncated, correct=correct, ends=ends, labels=[0.0] * len(ends)))  # fmt: skip
-                for k, end in enumerate(ends):
-                    if end == len(s.ids) - 1 and not s.truncated:
-                        rows[-1]["labels"][k] = float(correct)
-                    elif end + 1 < o.max_new_tokens:
-                        prefixes.append(prompts[i] + s.ids[: end + 1])
-                        limits.append(o.max_new_tokens - end - 1)
-                        where.append((len(rows) - 1, k))
-        completions = rollout(completer, prefixes, o.completions, max_new_tokens=limits or 1,
-                              seeds=[zlib.crc32(repr((o.seed, p)).encode()) for p in prefixes], **sampler)  # fmt: skip
-        for (r, k), samples in zip(where, completions):
-            row, hits = rows[r], 0
-            for s in samples:
-                hits += not s.truncated and grade(row["answer"], decode(tokenizer, row["ids"][: row["ends"][k] + 1] + s.ids))
-            row["labels"][k] = hits / o.completions
+    total = steps = 0
+    for start in range(done, len(problems), CHUNK):
+        mine = range(start + rank, min(start + CHUNK, len(problems)), world)
+        solutions = rollout(
+            policy, [prompts[i] for i in mine], o.samples, max_new_tokens=o.max_new_tokens,
+            seeds=[o.seed * 1_000_003 + i for i in mine], **sampler,
+        )  # fmt: skip
+        rows = [
+            {"index": i, "question": problems[i].question, "answer": problems[i].answer, **solution_row(tokenizer, s, o)}
+            for i, samples in zip(mine, solutions)
+            for s in samples
+        ]
+        label_steps(completer, tokenizer, rows, {i: prompts[i] for i in mine}, o, sampler)
         rows = sorted(gather(rows), key=lambda row: row["index"])
         if rank == 0:
             with open(path, "a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in rows))
-        right, steps = right + sum(sum(r["labels"]) for r in rows), steps + sum(len(r["labels"]) for r in rows)
-        bar.update(min(256, len(problems) - start))
-        bar.set_postfix(steps=steps, label_mean=f"{right / max(steps, 1):.2f}")
+        total, steps = total + sum(sum(r["labels"]) for r in rows), steps + sum(len(r["labels"]) for r in rows)
+        bar.update(min(CHUNK, len(problems) - start))
+        bar.set_postfix(steps=steps, mean_label=f"{total / max(steps, 1):.2f}")
     bar.close()
+
+
+def solution_row(tokenizer, s, o: LabelOptions) -> dict:
+    ends = step_ends(tokenizer, s.ids, o.separator, s.truncated)
+    return {"response": decode(tokenizer, s.ids), "ids": s.ids, "truncated": s.truncated, "ends": ends}
+
+
+def label_steps(completer, tokenizer, rows: list[dict], prompts: dict, o: LabelOptions, sampler: dict) -> None:
+    """Add "correct" and "labels" to the rows. A prefix that leaves no room to answer within the limit is labelled 0."""
+    prefixes, limits, places = [], [], []
+    for row in rows:
+        row["correct"] = not row["truncated"] and grade(row["answer"], row["response"])
+        row["labels"] = [0.0] * len(row["ends"])
+        for k, end in enumerate(row["ends"]):
+            if end == len(row["ids"]) - 1 and not row["truncated"]:
+                row["labels"][k] = float(row["correct"])
+            elif end + 1 < o.max_new_tokens:
+                prefixes.append(prompts[row["index"]] + row["ids"][: end + 1])
+                limits.append(o.max_new_tokens - end - 1)
+                places.append((row, k))
+    seeds = [zlib.crc32(repr((o.seed, prefix)).encode()) for prefix in prefixes]
+    completions = rollout(completer, prefixes, o.completions, max_new_tokens=limits, seeds=seeds, **sampler)
+    for (row, k), samples in zip(places, completions):
+        start = row["ids"][: row["ends"][k] + 1]
+        right = [not s.truncated and grade(row["answer"], decode(tokenizer, start + s.ids)) for s in samples]
+        row["labels"][k] = sum(right) / len(right)
 
 
 def fingerprint(problems: list[Problem]) -> int:
@@ -122,8 +158,6 @@ def continue_labels(path: Path, settings: dict, samples: int) -> int:
 
 def read_labels(path: str | Path) -> list[dict]:
     """Raises UserError for a missing or malformed label file."""
-    from data import read_jsonl
-
     if not Path(path).is_file():
         raise UserError(f"{path}: no such label file; make one with `python prm.py label`")
     rows = [row for _, row in read_jsonl(Path(path))]
@@ -135,17 +169,6 @@ def read_labels(path: str | Path) -> list[dict]:
 
 
 # ------------------------------------------------------------------------------------------------ training
-
-
-@dataclass
-class TrainOptions:
-    kind: str = field(default="prm", metadata={"help": "prm or orm", "choices": ["prm", "orm"]})
-    labels: str = field(default="hard", metadata={"help": "hard: any completion right; soft: their share", "choices": ["hard", "soft"]})
-    epochs: int = field(default=2, metadata={"help": "passes over the labelled solutions"})
-    lr: float = field(default=1e-5, metadata={"help": "learning rate of the LM; linear warmup and decay"})
-    head_lr: float = field(default=1e-3, metadata={"help": "learning rate of the scalar head, which starts at zero"})
-    batch_size: int = field(default=64, metadata={"help": "solutions per optimizer step"})
-    likelihood: bool = field(default=False, metadata={"help": "let the head read the LM's own lowest log-probability"})
 
 
 def held_out(question: str) -> bool:
@@ -271,18 +294,139 @@ def quality(scores: Tensor, labels: Tensor) -> dict[str, float]:
     }
 
 
-def test_reward_model(model, tokenizer, rows: list[dict], options: TrainOptions, *, prompt: str, toy: bool = False) -> dict:
-    """Quality on held-out questions against the labels, and in the embedded world against the exact oracle as well."""
+def test_reward_model(model, tokenizer, rows: list[dict], options: TrainOptions, *, prompt: str) -> dict[str, float]:
+    """Quality on held-out questions against the labels; of a PRM in the embedded world against the exact oracle too."""
     rows = [row for row in rows if held_out(row["question"])]
     marks = targets(rows, options.kind, options.labels)
     if not any(marks):
         return {}
     batch = to_batch(rows, tokenizer, prompt)
-    device = model.lm.device
-    scores = score_tokens(model, batch, batch.plan(range(len(rows)), 16384), device)
+    scores = score_tokens(model, batch, batch.plan(list(range(len(rows))), 16384), model.lm.device)
     flat = torch.tensor([scores[i, t] for i, m in enumerate(marks) for t, _ in m])
     result = quality(flat, torch.tensor([y for m in marks for _, y in m]))
-    if toy and options.kind == "prm":
+    if options.kind == "prm" and all(is_toy(row["question"]) for row in rows):
         exact = [x for row in rows for x in oracle(row["question"], row["response"])[: len(row["ends"])]]
         result["auroc_oracle"] = auroc(flat, torch.tensor(exact, dtype=torch.float))
     return result
+
+
+# ------------------------------------------------------------------------------------------------ made once
+
+
+def cached(cache: Path, what: str, title: str, key: dict, make, rank: int = 0) -> Path:
+    """A folder under `cache`, named by everything that it depends on. make(folder) fills it if it is not there; it gets
+    its name when it is complete, and what a stopped call left behind is handed to the next."""
+    folder = cache / f"{what}-{hashlib.sha1(json.dumps(key, sort_keys=True).encode()).hexdigest()[:10]}"
+    exists = all_reduce(torch.tensor(float(rank == 0 and folder.exists()))).item()  # rank 0's view is everyone's
+    if rank == 0:
+        print(f"{title}: {'cached in' if exists else 'making'} {folder}", flush=True)
+    if not exists:
+        partial = folder.with_suffix(".partial")
+        partial.mkdir(parents=True, exist_ok=True)
+        make(partial)
+        barrier()
+        if rank == 0:
+            (partial / "key.json").write_text(json.dumps(key, indent=1))
+            partial.rename(folder)
+        barrier()
+    return folder
+
+
+def identity(path: str) -> str:
+    """What a cache was made from. For local files also their times of change, so that a new model is a new key."""
+    p = Path(path)
+    files = sorted(p.glob("*.safetensors")) if p.is_dir() else [p] if p.is_file() else []
+    return " ".join([str(p.resolve()) if files else path, *(str(f.stat().st_mtime_ns) for f in files)])
+
+
+def prepare_reward_model(
+    cache: Path, model: str, completer: str, data: str, problems, label_options: LabelOptions, train_options: TrainOptions,
+    *, dtype=torch.float32, device="cpu", rank: int = 0, world: int = 1,
+) -> str:  # fmt: skip
+    """Labels, then a reward model trained on them from the completer's weights, each made once; the model's folder.
+
+    problems() gives the questions; it is called only if the labels are not there yet."""
+    key = {"model": identity(model), "completer": identity(completer), "data": identity(data), **asdict(label_options)}
+    tokenizer = load_tokenizer(model)
+
+    def label(folder):
+        policy = load_causal_lm(model, dtype, device)
+        other = policy if completer == model else load_causal_lm(completer, dtype, device)
+        make_labels(policy, other, tokenizer, problems(), label_options, folder / "labels.jsonl", rank, world)
+
+    def train(folder):
+        rows, lm = read_labels(labels / "labels.jsonl"), load_causal_lm(completer, device=device)
+        trained = train_reward_model(
+            lm, tokenizer, rows, train_options, prompt=label_options.prompt, seed=label_options.seed, rank=rank, world=world
+        )
+        quality = test_reward_model(trained, tokenizer, rows, train_options, prompt=label_options.prompt)
+        if rank == 0:
+            trained.save(folder)
+            tokenizer.save_pretrained(folder)
+            (folder / "quality.json").write_text(json.dumps(quality, indent=1))
+
+    same_tokenizer(tokenizer, completer)
+    o, kind = label_options, train_options.kind
+    title = f"labels of {o.problems} questions, {o.completions} completions a step"
+    labels = cached(cache, "labels", title, key, label, rank)
+    folder = cached(cache, kind, f"{kind} on these labels", {**key, **asdict(train_options)}, train, rank)
+    if rank == 0:
+        print_quality(json.loads((folder / "quality.json").read_text()))
+    return str(folder)
+
+
+def print_quality(quality: dict[str, float]) -> None:
+    print("  on held-out questions: " + ", ".join(f"{k} {v:.3g}" for k, v in quality.items()), flush=True)
+
+
+# ------------------------------------------------------------------------------------------------ the script
+
+
+@dataclass
+class Options:
+    model: str = option("", "label: the policy; train: the LM to start from; test: the reward model's folder")
+    completer: str = option("", "label: the model that completes prefixes; empty: the policy")
+    data: str = option("", "label: problems by name or file, see data.py")
+    labels_file: str = option("", "train, test: what `label` wrote")
+    out: str = option("", "label: the JSONL file to write; train: the folder to write")
+
+
+def main() -> None:
+    parser = HfArgumentParser((Options, LabelOptions, TrainOptions), description=__doc__.split("train.py calls")[0],
+                              formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                              usage="python prm.py label|train|test [--OPTION VALUE ...]")  # fmt: skip
+    parser.add_argument("stage", choices=["label", "train", "test"])
+    given = vars(parser.parse_args())
+    stage = given.pop("stage")
+    o, label_options, train_options = (
+        cls(**{f.name: given[f.name] for f in fields(cls)}) for cls in (Options, LabelOptions, TrainOptions)
+    )
+    needed = {"label": ("model", "data", "out"), "train": ("model", "labels_file", "out"), "test": ("model", "labels_file")}
+    for name in needed[stage]:
+        if not getattr(o, name):
+            raise UserError(f"{stage} needs --{name.replace('_', '-')}, see python prm.py --help")
+    rank, world, device = start_processes()
+    tokenizer, prompt = load_tokenizer(o.model), label_options.prompt
+    if stage == "label":
+        problems = load_problems(o.data, "train", label_options.problems)
+        policy = completer = load_causal_lm(o.model, device=device)
+        if o.completer:
+            same_tokenizer(tokenizer, o.completer)
+            completer = load_causal_lm(o.completer, device=device)
+        make_labels(policy, completer, tokenizer, problems, label_options, Path(o.out), rank, world)
+        return
+    rows = read_labels(o.labels_file)
+    if stage == "train":
+        lm, seed = load_causal_lm(o.model, device=device), label_options.seed
+        model = train_reward_model(lm, tokenizer, rows, train_options, prompt=prompt, seed=seed, rank=rank, world=world)
+        if rank == 0:
+            model.save(o.out)
+            tokenizer.save_pretrained(o.out)
+    else:
+        model = ScalarModel.load(o.model, device=device)
+    if rank == 0:
+        print_quality(test_reward_model(model, tokenizer, rows, train_options, prompt=prompt))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -14,35 +14,32 @@ Left out: sharding of model and optimizer over GPUs (each holds a copy), mixture
 
 import argparse
 import copy
-import hashlib
 import json
 import os
 import random
 import time
-from dataclasses import asdict, dataclass, field
+import zlib
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
 import prm
-from data import UserError, encode_prompts, load_problems, oracle, run_script, toy_problems, toy_solution, toy_tokenizer
+from data import (
+    UserError, encode_prompts, is_toy, load_problems, option, oracle, run_script, toy_problems, toy_solution, toy_tokenizer,
+)  # fmt: skip
 from eval import before_after, evaluate, judge
 from model import (
-    Muon, ScalarModel, all_reduce, barrier, eos_ids, load_causal_lm, load_tokenizer, optimizer_step, start_processes,
-    toy_model,
+    Muon, ScalarModel, all_reduce, eos_ids, load_causal_lm, load_tokenizer, optimizer_step, same_tokenizer,
+    start_processes, toy_model,
 )  # fmt: skip
-from ppo import Rollout, ValueNorm, gae, log_probs, masked_mean, minibatches, score_values, update, whiten
+from ppo import Rollout, ValueNorm, explained_variance, gae, log_probs, minibatches, score_values, update, whiten
 from rewards import PROCESS, REWARDS, refine, token_rewards
 from rollout import Batch, rollout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def option(default, help, **kw):
-    return field(default=default, metadata={"help": help, **kw})
 
 
 @dataclass
@@ -145,9 +142,13 @@ def parse(argv: list[str] | None = None) -> tuple[Options, str]:
     return options, f"preset: {preset or 'none'} ({why})"
 
 
+def reward_model_kind(reward: str) -> str:
+    return "orm" if reward == "orm" else "prm" if reward in PROCESS else ""
+
+
 def check(o: Options) -> None:
     """Raises UserError for options that cannot work together."""
-    kind = "orm" if o.reward == "orm" else "prm" if o.reward in PROCESS else ""
+    kind = reward_model_kind(o.reward)
     for name in ("prm", "orm"):
         if getattr(o, name) and kind != name:
             raise UserError(f"--{name} is not used by --reward {o.reward}: drop it, or choose a reward that uses it")
@@ -162,7 +163,7 @@ def check(o: Options) -> None:
     if o.resume and not o.name:
         raise UserError("--resume needs the --name of the run to continue")
     low = {"temperature": 1e-6, "questions": 1, "samples": 1, "epochs": 1, "minibatches": 1, "max_new_tokens": 1, "slots": 1,
-           "max_prompt_tokens": 1, "token_budget": 1, "completions": 1, "label_samples": 1, "iterations": 0, "beta": 0,
+           "max_prompt_tokens": 1, "token_budget": 1, "completions": 1, "label_samples": 1, "iterations": 1, "beta": 0,
            "eval_problems": 1, "eval_every": 0, "save_every": 0, "value_clip": 0, "rm_epochs": 1}  # fmt: skip
     for name, least in low.items():
         if getattr(o, name) < least:
@@ -218,101 +219,32 @@ def warm_start(seed: int, folder: Path, rank: int, world: int) -> None:
             tokenizer.save_pretrained(folder / name)
 
 
-class Stages:
-    """The preparation, stage by stage, each made once: a stage writes into a folder of its own under RUNS_DIR/cache, named
-    by everything that it depends on, and the folder gets its name when it is complete."""
+def prepare(o: Options, rank: int, world: int, device) -> tuple[str, str]:
+    """The folders (or hub names) of the policy to start from and of the reward model ("" for success), made if need be."""
+    cache, policy, completer = Path(o.runs_dir) / "cache", o.model, o.completer or o.model
+    if not policy:
+        make = lambda folder: warm_start(o.prepare_seed, folder, rank, world)
+        folder = prm.cached(cache, "toy", "warm start of the embedded policy", {"seed": o.prepare_seed}, make, rank)
+        policy, completer = str(folder / "policy"), o.completer or str(folder / "completer")
+    kind = reward_model_kind(o.reward)
+    if not kind or getattr(o, kind):
+        return policy, getattr(o, kind) if kind else ""
 
-    def __init__(self, options: Options, rank: int, world: int, device):
-        self.o, self.rank, self.world, self.device = options, rank, world, device
-        self.cache = Path(options.runs_dir) / "cache"
+    def problems():
+        if o.data == "toy":
+            return toy_problems("train", o.label_problems, seed=3000 + o.prepare_seed)
+        found = load_problems(o.data, "train")
+        return random.Random(o.prepare_seed).sample(found, min(o.label_problems, len(found)))
 
-    def stage(self, what: str, title: str, key: dict, make) -> Path:
-        folder = self.cache / f"{what}-{hashlib.sha1(json.dumps(key, sort_keys=True).encode()).hexdigest()[:10]}"
-        exists = all_reduce(torch.tensor(float(self.rank == 0 and folder.exists()))).item()  # rank 0's view is everyone's
-        if self.rank == 0:
-            print(f"{title}: {'cached in' if exists else 'to'} {folder}")
-        if not exists:
-            partial = folder.with_suffix(".partial")
-            partial.mkdir(parents=True, exist_ok=True)
-            make(partial)
-            barrier()
-            if self.rank == 0:
-                (partial / "key.json").write_text(json.dumps(key, indent=1))
-                partial.rename(folder)
-            barrier()
-        return folder
-
-    def policy(self) -> tuple[str, str]:
-        """The policy to train, and the model that completes prefixes."""
-        o = self.o
-        if o.model:
-            return o.model, o.completer or o.model
-        folder = self.stage(
-            "toy", "warm start of the embedded policy", {"seed": o.prepare_seed},
-            lambda folder: warm_start(o.prepare_seed, folder, self.rank, self.world),
-        )  # fmt: skip
-        return str(folder / "policy"), o.completer or str(folder / "completer")
-
-    def labels(self, model: str, completer: str) -> tuple[Path, dict]:
-        o = self.o
-        options = prm.LabelOptions(
-            o.label_problems, o.label_samples, o.completions, o.prompt, o.separator, o.max_prompt_tokens, o.max_new_tokens,
-            o.temperature, o.slots, o.prepare_seed,
-        )  # fmt: skip
-        key = {"model": identity(model), "completer": identity(completer), "data": identity(o.data), **asdict(options)}
-
-        def make(folder):
-            tokenizer = load_tokenizer(model)
-            policy = load_causal_lm(model, DTYPES[o.dtype], self.device)
-            other = policy if completer == model else load_completer(completer, tokenizer, o, self.device)
-            if o.data == "toy":
-                problems = toy_problems("train", o.label_problems, seed=3000 + o.prepare_seed)
-            else:
-                problems = load_problems(o.data, "train")
-                random.Random(o.prepare_seed).shuffle(problems)
-            prm.make_labels(policy, other, tokenizer, problems, options, folder / "labels.jsonl", self.rank, self.world)
-
-        title = f"step labels of {o.label_problems} questions, {o.completions} completions a step"
-        return self.stage("labels", title, key, make) / "labels.jsonl", key
-
-    def reward_model(self, kind: str, model: str, completer: str) -> str:
-        o = self.o
-        if getattr(o, kind):
-            return getattr(o, kind)
-        file, labels_key = self.labels(model, completer)
-        options = prm.TrainOptions(kind, o.labels, o.rm_epochs, o.rm_lr, o.rm_head_lr, 64, o.rm_likelihood)
-
-        def make(folder):
-            tokenizer, rows = load_tokenizer(model), prm.read_labels(file)
-            lm = load_causal_lm(completer, device=self.device)
-            trained = prm.train_reward_model(
-                lm, tokenizer, rows, options, prompt=o.prompt, token_budget=o.token_budget, seed=o.prepare_seed,
-                rank=self.rank, world=self.world,
-            )  # fmt: skip
-            quality = prm.test_reward_model(trained, tokenizer, rows, options, prompt=o.prompt, toy=o.data == "toy")
-            if self.rank == 0:
-                trained.save(folder)
-                tokenizer.save_pretrained(folder)
-                (folder / "quality.json").write_text(json.dumps(quality, indent=1))
-
-        folder = self.stage(kind, f"{kind.upper()} on these labels", {**labels_key, **asdict(options)}, make)
-        if self.rank == 0:
-            quality = json.loads((folder / "quality.json").read_text())
-            print(f"  held-out questions: {', '.join(f'{k} {v:.3g}' for k, v in quality.items())}")
-        return str(folder)
-
-
-def identity(path: str) -> str:
-    """A name for what a cache was made from: of local files also the times of change, so that a new model is a new key."""
-    p = Path(path)
-    files = sorted(p.glob("*.safetensors")) if p.is_dir() else [p] if p.is_file() else []
-    return " ".join([str(p.resolve()) if files else path, *(str(f.stat().st_mtime_ns) for f in files)])
-
-
-def load_completer(path: str, tokenizer, o: Options, device):
-    if load_tokenizer(path).get_vocab() != tokenizer.get_vocab():
-        raise UserError(f"--completer {path}: its tokenizer is not the policy's, so it cannot continue the policy's tokens")
-    return load_causal_lm(path, DTYPES[o.dtype], device)
+    labels = prm.LabelOptions(
+        o.label_problems, o.label_samples, o.completions, o.prompt, o.separator, o.max_prompt_tokens, o.max_new_tokens,
+        o.temperature, o.slots, o.prepare_seed,
+    )  # fmt: skip
+    training = prm.TrainOptions(kind, o.labels, o.rm_epochs, o.rm_lr, o.rm_head_lr, likelihood=o.rm_likelihood)
+    dtype = DTYPES[o.dtype]
+    return policy, prm.prepare_reward_model(
+        cache, policy, completer, o.data, problems, labels, training, dtype=dtype, device=device, rank=rank, world=world
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the loop
@@ -321,45 +253,89 @@ def load_completer(path: str, tokenizer, o: Options, device):
 class Trainer:
     """Models, optimizers and problems of one run; `iteration` is the algorithm."""
 
-    def __init__(self, o: Options, model: str, reward_model: str, rank: int, world: int, device):
+    def __init__(self, o: Options, data: tuple, model: str, reward_model: str, rank: int, world: int, device):
         self.o, self.rank, self.world, self.device = o, rank, world, device
-        dtype = DTYPES[o.dtype]
+        self.problems, self.prompts, self.test = data
+        self.dtype = DTYPES[o.dtype]
         self.tokenizer = load_tokenizer(model)
         self.policy = load_causal_lm(model, device=device)
         self.critic = ScalarModel(load_causal_lm(model, device=device)).eval()
-        self.reference = load_causal_lm(model, dtype, device).requires_grad_(False)
-        self.sampler = self.policy if dtype == torch.float32 else copy.deepcopy(self.policy).to(dtype).requires_grad_(False)
+        self.reference = load_causal_lm(model, self.dtype, device).requires_grad_(False)
+        # what samples: the policy itself, or a low-precision copy of it
+        self.sampler = self.policy if self.dtype == torch.float32 else copy.deepcopy(self.reference)
         self.reward_model = None
         if reward_model:
-            self.reward_model = ScalarModel.load(reward_model, dtype, device).requires_grad_(False)
-            if load_tokenizer(reward_model).get_vocab() != self.tokenizer.get_vocab():
-                raise UserError(f"{reward_model}: the reward model's tokenizer is not the policy's")
-        # betas: the second moment must forget within a run of tens of steps
-        self.optimizers = [
+            same_tokenizer(self.tokenizer, reward_model)
+            self.reward_model = ScalarModel.load(reward_model, self.dtype, device).requires_grad_(False)
+        self.optimizers = [  # the second moments must forget within a run of tens of steps, hence the low betas
             torch.optim.AdamW(self.policy.parameters(), lr=o.lr, betas=(0.9, 0.99), weight_decay=0.0),
             torch.optim.AdamW(self.critic.parameters(), lr=o.critic_lr, betas=(0.9, 0.95), weight_decay=0.0),
         ]
         self.value_norm = ValueNorm()
-        self.problems = load_problems(o.data, "train")
-        self.prompts = encode_prompts(self.tokenizer, self.problems, o.prompt, o.max_prompt_tokens)
-        self.test = load_problems(o.eval_data or o.data, "test", o.eval_problems)
 
-    def autocast(self):
-        dtype = DTYPES[self.o.dtype]
-        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+    def iteration(self, iteration: int) -> tuple[dict, list[dict]]:
+        """Sample, grade, score, reward, advantage, update. Returns metrics over all ranks, and a few answers."""
+        o, clock = self.o, Clock()
 
-    def evaluate(self) -> tuple[dict, list[dict]]:
-        """Greedy and sampled results on the evaluation problems, and the first answers."""
-        o, out, first = self.o, {}, []
-        for way, temperature in (("greedy", 0.0), ("sampled", o.temperature)):
-            result, answers = evaluate(
-                self.sampler, self.tokenizer, self.test, o.prompt, o.separator, max_new_tokens=o.max_new_tokens,
-                max_prompt_tokens=o.max_prompt_tokens, temperature=temperature, slots=o.slots,
-                rank=self.rank, world=self.world,
+        # 1. sample, with the seeds of (iteration, question): the same answers whatever the number of ranks
+        problems, samples, batch, keys = self.sample(iteration)
+        clock("sample")
+
+        # 2. grade the final answers, find the steps
+        answers = judge(self.tokenizer, problems, samples, o.separator)
+        correct = torch.tensor([a["correct"] for a in answers])  # (B,)
+        ends, mask = prm.pad_steps([a["ends"] for a in answers])  # (B, K)
+        clock("grade")
+
+        # 3. score, in the micro-batches of the update, so that the ratio starts at exactly 1
+        total = o.questions * o.samples
+        deals = [minibatches(keys, total, o.minibatches, hash_seed(o.seed, iteration, e)) for e in range(o.epochs)]
+        plans = [batch.plan(rows, o.token_budget) for deal in deals for rows in deal]
+        logp, ref_logp, raw_values, raw_final, scores, outcome = self.score(batch, plans[: o.minibatches], ends)
+        clock("score")
+
+        # 4. reward each token
+        refined = None if scores is None else refine(o.reward, scores, mask, o.eta)
+        rewards = token_rewards(
+            logp, ref_logp, batch.mask, correct, batch.truncated, beta=o.beta, alpha=o.alpha, outcome=outcome,
+            steps=refined, step_ends=ends, step_mask=mask,
+        )  # fmt: skip
+
+        # 5. advantages; a truncated answer would have gone on, so it bootstraps
+        values = self.value_norm.denormalise(raw_values) * batch.mask
+        bootstrap = self.value_norm.denormalise(raw_final) * batch.truncated
+        advantages, returns = gae(rewards, values, batch.mask, bootstrap, o.gamma, o.lam)
+        self.value_norm.update(returns, batch.mask)
+        data = Rollout(logp, whiten(advantages, batch.mask), raw_values, self.value_norm.normalise(returns))
+
+        # 6. update policy and critic
+        warm = (iteration - o.critic_warmup) / max(o.lr_warmup, 1)
+        self.optimizers[0].param_groups[0]["lr"] = lr = o.lr * min(1, max(0, warm))
+        with self.autocast():
+            losses = update(
+                self.policy, self.critic, self.optimizers, batch, data, plans, temperature=o.temperature, clip=o.clip,
+                value_clip=o.value_clip, max_grad_norm=o.max_grad_norm, train_policy=iteration > o.critic_warmup,
             )  # fmt: skip
-            out |= {f"{way}_{k}": v for k, v in result.items()}
-            first = first or answers[:3]
-        return out, first
+        clock("update")
+
+        # 7. log: means over the answers of all ranks
+        per_answer = {"return": rewards.sum(1), "success": correct, "kl": ((logp - ref_logp) * batch.mask).sum(1)}
+        per_answer |= self.rollout_metrics(batch, answers, mask, refined, outcome)
+        log = {k: all_reduce(x.sum(dtype=torch.float64)).item() / total for k, x in per_answer.items()}
+        for share in {"nonzero", "good_steps"} & log.keys():
+            log[share] /= max(log["steps"], 1e-9)
+        log |= {"explained_variance": explained_variance(values, returns, batch.mask), "lr": lr, **losses, **clock.seconds}
+        log = {"iteration": iteration, **log}
+        log["tokens_per_step"] = log["tokens"] / max(log["steps"], 1e-9)
+        log["tokens_per_second"] = log["tokens"] * total / sum(clock.seconds.values())
+        few = answers[:4]
+        for i, answer in enumerate(few):
+            K = answer["steps"]
+            answer["iteration"] = iteration
+            answer["scores"] = None if scores is None else scores[i, :K].tolist()
+            answer["refined"] = None if refined is None else refined[i, :K].tolist()
+            answer["outcome"] = None if outcome is None else outcome[i].item()
+        return log, few
 
     def questions(self, iteration: int) -> list[int]:
         """Indices of the iteration's questions: every question once in each pass over the data, in an order of its own."""
@@ -368,108 +344,69 @@ class Trainer:
         orders = {e: random.Random(f"{self.o.seed}-{e}").sample(range(n), n) for e in {p // n for p in places}}
         return [orders[p // n][p % n] for p in places]
 
-    def iteration(self, iteration: int) -> tuple[dict, list[dict]]:
-        """Sample, grade, score, reward, advantage, update. Returns metrics over all ranks and a few answers."""
-        o, device, clock = self.o, self.device, Clock()
-        total = o.questions * o.samples
-        chosen = self.questions(iteration)
+    def sample(self, iteration: int):
+        """This rank's problems, their samples, the batch of B answers, and the index of each in the whole iteration."""
+        o, chosen = self.o, self.questions(iteration)
         mine = range(self.rank, o.questions, self.world)
-        keys = [q * o.samples + j for q in mine for j in range(o.samples)]  # of my answers, in the whole iteration
-
-        # sample
+        prompts = [self.prompts[chosen[q]] for q in mine]
         sync(self.sampler, self.policy)
         samples = rollout(
-            self.sampler, [self.prompts[chosen[q]] for q in mine], o.samples, max_new_tokens=o.max_new_tokens,
-            eos_ids=eos_ids(self.policy, self.tokenizer), temperature=o.temperature, top_p=o.top_p, slots=o.slots,
-            seeds=[(o.seed * 1_000_003 + iteration) * 1_000_003 + q for q in mine],
+            self.sampler, prompts, o.samples, max_new_tokens=o.max_new_tokens, eos_ids=eos_ids(self.policy, self.tokenizer),
+            temperature=o.temperature, top_p=o.top_p, slots=o.slots, seeds=[hash_seed(o.seed, iteration, q) for q in mine],
         )  # fmt: skip
         flat = [s for group in samples for s in group]
-        prompts = [self.prompts[chosen[q]] for q in mine for _ in range(o.samples)]
-        batch = Batch(prompts, [s.ids for s in flat], torch.tensor([s.truncated for s in flat]))
-        clock("sample")
+        repeated = [prompt for prompt in prompts for _ in range(o.samples)]
+        batch = Batch(repeated, [s.ids for s in flat], torch.tensor([s.truncated for s in flat]))
+        keys = [q * o.samples + j for q in mine for j in range(o.samples)]
+        return [self.problems[chosen[q]] for q in mine], samples, batch, keys
 
-        # grade
-        answers = judge(self.tokenizer, [self.problems[chosen[q]] for q in mine], samples, o.separator)
-        correct = torch.tensor([a["correct"] for a in answers])
-        step_ends, step_mask = prm.pad_steps([a["ends"] for a in answers])
-        clock("grade")
-
-        # score; the micro-batches are those of the update, so that the first ratio is exactly 1
-        deal = [minibatches(keys, total, o.minibatches, o.seed * 1_000_003 + iteration * 101 + e) for e in range(o.epochs)]
-        plans = [batch.plan(rows, o.token_budget) for epoch in deal for rows in epoch]
-        plan = [rows for minibatch in plans[: o.minibatches] for rows in minibatch]
+    def score(self, batch: Batch, plans: list, ends):
+        """Log-probabilities of policy and reference (B, T), the critic's raw values (B, T) and final values (B,), and
+        the reward model's step scores (B, K) or outcome scores (B,), None where the reward has none."""
+        o, device, scores, outcome = self.o, self.device, None, None
+        plan = [rows for minibatch in plans for rows in minibatch]
         with self.autocast():
             logp, ref_logp = (
-                batch.map(lambda _, *packed: log_probs(model, *packed, o.temperature)[0], plan, device)
+                batch.map(lambda _, *packed: log_probs(model, *packed, o.temperature)[0], plan, device)  # noqa: B023
                 for model in (self.policy, self.reference)
             )
-            raw_values, raw_final = score_values(self.critic, batch, plan, device)
-            scores = refined = outcome = None
+            values, final = score_values(self.critic, batch, plan, device)
             if o.reward == "orm":
                 outcome = prm.score_outcomes(self.reward_model, batch, plan, device)
             elif o.reward in PROCESS:
-                scores = prm.score_steps(self.reward_model, batch, step_ends, plan, device)
-        clock("score")
+                scores = prm.score_steps(self.reward_model, batch, ends, plan, device)
+        return logp, ref_logp, values, final, scores, outcome
 
-        # reward
-        if scores is not None:
-            refined = refine(o.reward, scores, step_mask, o.eta)
-        rewards = token_rewards(
-            logp, ref_logp, batch.mask, correct, batch.truncated, beta=o.beta, alpha=o.alpha, outcome=outcome,
-            steps=refined, step_ends=step_ends, step_mask=step_mask,
-        )  # fmt: skip
-
-        # advantage
-        values = self.value_norm.denormalise(raw_values) * batch.mask
-        bootstrap = self.value_norm.denormalise(raw_final) * batch.truncated
-        advantages, returns = gae(rewards, values, batch.mask, bootstrap, o.gamma, o.lam)
-        residual = masked_var(returns - values, batch.mask) / masked_var(returns, batch.mask)
-        self.value_norm.update(returns, batch.mask)
-        data = Rollout(logp, whiten(advantages, batch.mask), raw_values, self.value_norm.normalise(returns))
-
-        # update
-        train_policy = iteration > o.critic_warmup
-        self.optimizers[0].param_groups[0]["lr"] = o.lr * min(1, (iteration - o.critic_warmup) / max(o.lr_warmup, 1))
-        with self.autocast():
-            metrics = update(
-                self.policy, self.critic, self.optimizers, batch, data, plans, temperature=o.temperature, clip=o.clip,
-                value_clip=o.value_clip, max_grad_norm=o.max_grad_norm, train_policy=train_policy,
-            )  # fmt: skip
-        clock("update")
-
-        # log
-        per_answer = {
-            "return": rewards.sum(1),
-            "success": correct,
-            "process_reward": refined.sum(1) if refined is not None else outcome if outcome is not None else 0 * correct,
-            "steps": step_mask.sum(1),
+    def rollout_metrics(self, batch: Batch, answers: list[dict], mask, refined, outcome) -> dict:
+        """One number for each of the B answers, to be averaged over all of them."""
+        zero = torch.zeros(len(answers))
+        count = {
+            "process_reward": refined.sum(1) if refined is not None else outcome if outcome is not None else zero,
+            "steps": mask.sum(1),
             "tokens": batch.mask.sum(1),
             "repeats": torch.tensor([a["repeats"] for a in answers]),
             "truncated": batch.truncated,
-            "kl": ((logp - ref_logp) * batch.mask).sum(1),
-            "nonzero": ((refined != 0) & step_mask).sum(1) if refined is not None else 0 * correct,
+            "nonzero": ((refined != 0) & mask).sum(1) if refined is not None else zero,
         }
-        if o.data == "toy":
-            good = [oracle(a["question"], a["response"])[: a["steps"]] for a in answers]
-            per_answer["good_steps"] = torch.tensor([sum(g) for g in good])
-        sums = all_reduce(torch.stack([x.sum(dtype=torch.float64) for x in per_answer.values()])) / total
-        log = {"iteration": iteration, **dict(zip(per_answer, sums.tolist()))}
-        log["tokens_per_step"] = log["tokens"] / max(log["steps"], 1e-9)
-        for share in ("nonzero", "good_steps"):
-            if share in log:
-                log[share] /= max(log["steps"], 1e-9)
-        log |= {"explained_variance": 1 - residual, "lr": self.optimizers[0].param_groups[0]["lr"], **metrics}
-        log |= clock.seconds
-        log["tokens_per_second"] = log["tokens"] * total / sum(clock.seconds.values())
-        for i, answer in enumerate(answers[:4]):
-            K = answer["steps"]
-            answer |= {
-                "iteration": iteration,
-                "scores": None if scores is None else scores[i, :K].tolist(),
-                "refined": None if refined is None else refined[i, :K].tolist(),
-                "outcome": None if outcome is None else outcome[i].item(),
-            }
-        return log, answers[:4]
+        if all(is_toy(a["question"]) for a in answers):
+            count["good_steps"] = torch.tensor([sum(oracle(a["question"], a["response"])[: a["steps"]]) for a in answers])
+        return count
+
+    def evaluate(self) -> tuple[dict, list[dict]]:
+        """Greedy and sampled results on the evaluation problems, and the first greedy answers."""
+        o, out, first = self.o, {}, []
+        sync(self.sampler, self.policy)
+        for way, temperature in (("greedy", 0.0), ("sampled", o.temperature)):
+            result, answers = evaluate(
+                self.sampler, self.tokenizer, self.test, o.prompt, o.separator, max_new_tokens=o.max_new_tokens,
+                temperature=temperature, slots=o.slots, rank=self.rank, world=self.world, progress=f"evaluate {way}",
+            )  # fmt: skip
+            out |= {f"{way}_{k}": v for k, v in result.items()}
+            first = first or answers[:3]
+        return out, first
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def state(self) -> dict:
         return {
@@ -508,8 +445,8 @@ def sync(sampler, policy) -> None:
             target.copy_(source)
 
 
-def masked_var(x: torch.Tensor, mask: torch.Tensor) -> float:
-    return (masked_mean(x**2, mask) - masked_mean(x, mask) ** 2).clamp(min=1e-12).item()
+def hash_seed(*parts: int) -> int:
+    return zlib.crc32(repr(parts).encode())
 
 
 # ------------------------------------------------------------------------------------------------ runs
@@ -549,21 +486,26 @@ def save(path: Path, value: dict) -> None:
     os.replace(path.with_suffix(".new"), path)
 
 
+def load_data(o: Options) -> tuple[list, list, list]:
+    """Training problems, their prompts, evaluation problems: first of all, so that bad input costs no time."""
+    tokenizer = load_tokenizer(o.model) if o.model else toy_tokenizer()
+    problems, test = load_problems(o.data, "train"), load_problems(o.eval_data or o.data, "test", o.eval_problems)
+    encode_prompts(tokenizer, test, o.prompt, o.max_prompt_tokens)
+    return problems, encode_prompts(tokenizer, problems, o.prompt, o.max_prompt_tokens), test
+
+
 def run(o: Options, folder: Path, rank: int, world: int, device) -> None:
-    stages = Stages(o, rank, world, device)
-    model, completer = stages.policy()
-    kind = "orm" if o.reward == "orm" else "prm" if o.reward in PROCESS else ""
-    trainer = Trainer(o, model, stages.reward_model(kind, model, completer) if kind else "", rank, world, device)
+    trainer = Trainer(o, load_data(o), *prepare(o, rank, world, device), rank, world, device)
     start = 0
     if o.resume:
         checkpoint = torch.load(folder / "checkpoint.pt", map_location=device, weights_only=True)
         trainer.load_state(checkpoint)
         start = checkpoint["iteration"]
-        sync(trainer.sampler, trainer.policy)
+        if start >= o.iterations:
+            raise UserError(f"{folder} has run its {start} iterations already: raise --iterations to go on")
         before, first = json.loads((folder / "before.json").read_text())
-        result, last = before, first
     else:
-        before, first = result, last = trainer.evaluate()
+        before, first = trainer.evaluate()
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(asdict(o), indent=1))
@@ -578,9 +520,8 @@ def run(o: Options, folder: Path, rank: int, world: int, device) -> None:
         log, answers = trainer.iteration(iteration)
         final = iteration == o.iterations
         if final or (o.eval_every and iteration % o.eval_every == 0):
-            sync(trainer.sampler, trainer.policy)
-            result, last = trainer.evaluate()
-            log |= result
+            after, last = trainer.evaluate()
+            log |= after
         if rank == 0:
             append(folder / "metrics.jsonl", [log])
             append(folder / "samples.jsonl", answers)
@@ -593,7 +534,7 @@ def run(o: Options, folder: Path, rank: int, world: int, device) -> None:
     if rank == 0:
         trainer.policy.save_pretrained(folder / "model")
         trainer.tokenizer.save_pretrained(folder / "model")
-        print(before_after(before, result, (first, last)))
+        print(before_after(before, after, (first, last)))
         print(f"\nwritten: {folder}/ (metrics.jsonl, samples.jsonl, model/)")
 
 

@@ -1,0 +1,244 @@
+"""train.py as a user meets it: options, errors, the loop, resume, several processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import data
+import train
+from data import UserError, toy_tokenizer
+from model import toy_model
+
+ROOT = Path(__file__).parents[1]
+SMALL = (
+    "--data toy --prompt {question} --questions 8 --samples 2 --iterations 4 --minibatches 2 --max-new-tokens 24 "
+    "--eval-problems 6 --eval-every 2 --save-every 1 --token-budget 128 --lr 1e-3 --critic-lr 1e-3 --label-problems 24 "
+    "--completions 2 --rm-epochs 1 --rm-lr 1e-3 --lr-warmup 1"
+).split()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> str:
+    """A random model with the embedded world's tokenizer, as a Hugging Face folder outside the project."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = toy_tokenizer()
+    toy_model(tokenizer, seed=0, hidden=16, layers=1, heads=2).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def run(*argv: str) -> Path:
+    """A run in this process; returns its folder."""
+    options, _ = train.parse(list(argv))
+    folder = train.open_run(options)
+    train.run(options, folder, 0, 1, torch.device("cpu"))
+    return folder
+
+
+def metrics(folder: Path) -> list[dict]:
+    """Everything that is logged but time."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+
+
+# ------------------------------------------------------------------------------------------------ options
+
+
+def test_each_preset_names_only_options_that_exist_and_says_why_it_runs():
+    for name in train.PRESETS:
+        options, why = train.parse(["--preset", name])
+        assert options.preset == name and "asked for by --preset" in why
+    options, why = train.parse(["--model", "somewhere"])
+    assert options.preset == "" and "--model was given" in why
+    expected = "paper" if torch.cuda.is_available() else "toy"
+    assert train.parse([])[0].preset == expected
+
+
+def test_every_option_has_a_help_text():
+    assert all(f.metadata.get("help") for f in train.Options.__dataclass_fields__.values())
+
+
+def test_alpha_defaults_by_reward_and_is_overridden_by_hand():
+    assert train.parse(["--preset", "toy", "--reward", "delta"])[0].alpha == train.ALPHA["delta"]
+    assert train.parse(["--preset", "toy", "--reward", "delta", "--alpha", "0.7"])[0].alpha == 0.7
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ("--reward success --prm x", "--prm is not used"),
+        ("--reward orm --prm x", "--prm is not used"),
+        ("--reward delta --label-problems 0", "needs a reward model"),
+        ("--reward orm --label-problems 0", "give --orm"),
+        ("--reward success --alpha 1", "drop it"),
+        ("--reward delta --eta 0.3", "does not clip"),
+        ("--data gsm8k", "needs a --model"),
+        ("--resume", "--name"),
+        ("--minibatches 1000", "more than"),
+        ("--top-p 0", "--top-p"),
+        ("--temperature 0", "--temperature must be at least"),
+        ("--questions 0", "--questions must be at least 1"),
+        ("--preset nothing", "choose"),
+    ],
+)
+def test_wrong_combinations_fail_at_parse_time_with_the_mend(argv, words):
+    with pytest.raises(UserError, match=words):
+        argv = argv.split()
+        train.parse(argv if "--preset" in argv else ["--preset", "toy", *argv])
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+
+def fails(monkeypatch, capsys, *argv: str) -> str:
+    """The sentence on stderr of a call that must end with status 2."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+    with pytest.raises(SystemExit) as stop:
+        data.run_script(train.main)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()
+    assert "Traceback" not in "\n".join(message)
+    return message[-1]
+
+
+def test_bad_input_gets_one_sentence_and_status_2(monkeypatch, capsys, tmp_path, tiny):
+    fail = lambda *argv: fails(monkeypatch, capsys, "--runs-dir", str(tmp_path / "runs"), "--model", tiny, *argv)
+    good = '{"question": "1+1", "answer": "2"}\n'
+    (tmp_path / "malformed.jsonl").write_text(good + '{"question": \n')
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "fields.jsonl").write_text(good + good + '{"text": "1"}\n')
+    (tmp_path / "long.jsonl").write_text(json.dumps({"question": "1+" * 600 + "1=", "answer": "601"}))
+    (tmp_path / "no_tokenizer").mkdir()
+    AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(tmp_path / "no_tokenizer")
+    assert "unrecognized arguments: --rewrad" in fail("--rewrad", "delta")
+    assert "invalid choice" in fail("--reward", "deltas")
+    assert "no such JSONL file" in fail("--data", str(tmp_path / "missing.jsonl"))
+    assert "malformed.jsonl line 2: not JSON" in fail("--data", str(tmp_path / "malformed.jsonl"))
+    assert "holds no problems" in fail("--data", str(tmp_path / "empty.jsonl"))
+    assert "line 3: needs the fields" in fail("--data", str(tmp_path / "fields.jsonl"))
+    assert "longer than the limit of 1024 tokens" in fail("--data", str(tmp_path / "long.jsonl"))
+    assert "tokenizer" in fail("--data", "toy", "--model", str(tmp_path / "no_tokenizer"))
+    assert "cannot load" in fail("--data", "toy", "--model", str(tmp_path / "nowhere"))
+    assert "not a reward model" in fail("--data", "toy", "--reward", "delta", "--prm", tiny)
+    assert "needs a reward model" in fail("--data", "toy", "--reward", "delta", "--label-problems", "0")
+    assert "positions" in fail("--data", "toy", "--reward", "success", "--max-new-tokens", "300")
+
+
+def test_an_existing_run_is_neither_overwritten_nor_resumed_with_other_options(tmp_path, tiny):
+    argv = [*SMALL, "--model", tiny, "--reward", "success", "--runs-dir", str(tmp_path), "--name", "a", "--iterations", "1"]
+    run(*argv)
+    with pytest.raises(UserError, match="--resume continues it"):
+        run(*argv)
+    with pytest.raises(UserError, match=r"other options \(beta 0.02 -> 0.5\)"):
+        run(*argv, "--resume", "--beta", "0.5")
+    with pytest.raises(UserError, match="raise --iterations"):
+        run(*argv, "--resume")
+    with pytest.raises(UserError, match="no checkpoint"):
+        run(*argv[:-3], "b", "--resume")
+
+
+# ------------------------------------------------------------------------------------------------ the loop
+
+
+@pytest.mark.parametrize("reward", ["success", "orm", "prm", "clip", "delta", "clip-delta"])
+def test_every_reward_runs_from_labels_to_a_model_that_transformers_loads(reward, tmp_path_factory, tiny, capsys):
+    runs = tmp_path_factory.getbasetemp() / "every_reward"  # shared, so that the labels are made once
+    folder = run(*SMALL, "--model", tiny, "--reward", reward, "--runs-dir", str(runs), "--name", reward)
+    rows = metrics(folder)
+    assert [row["iteration"] for row in rows] == [0, 1, 2, 3, 4]
+    assert all(row["max_ratio_error_first"] == 0 for row in rows[1:])  # recomputed by the same forward: exactly 1
+    assert all(0 <= row["truncated"] <= 1 and row["tokens"] <= 24 for row in rows[1:])
+    assert {"return", "success", "process_reward", "nonzero", "steps", "tokens_per_step", "repeats", "kl", "clip_fraction",
+            "explained_variance"} <= rows[1].keys()  # fmt: skip
+    learns = reward != "success"  # a random policy is never right, and success alone gives it nothing to learn from
+    assert rows[1]["kl"] == 0 and (rows[4]["kl"] != 0) == learns
+    assert "greedy_accuracy" in rows[0] and "greedy_accuracy" in rows[2] and "greedy_accuracy" not in rows[3]
+    assert "greedy accuracy" in capsys.readouterr().out
+    before, after = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (tiny, folder / "model"))
+    assert any(not torch.equal(before[k], after[k]) for k in before) == learns
+    assert AutoTokenizer.from_pretrained(folder / "model").get_vocab() == toy_tokenizer().get_vocab()
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    if reward in ("prm", "clip", "delta", "clip-delta"):
+        assert all(len(s["scores"]) == len(s["refined"]) == s["steps"] for s in samples)
+        assert all(0 < score < 1 for s in samples for score in s["scores"])
+    if reward == "orm":
+        assert all(0 < s["outcome"] < 1 for s in samples)
+
+
+def test_labels_are_cached_and_made_anew_for_other_settings(tmp_path, tiny, capsys):
+    argv = [*SMALL, "--model", tiny, "--iterations", "1", "--runs-dir", str(tmp_path), "--reward"]
+    run(*argv, "prm")
+    assert capsys.readouterr().out.count("making") == 2  # labels, prm
+    run(*argv, "clip")
+    assert capsys.readouterr().out.count("cached in") == 2
+    run(*argv, "orm")
+    out = capsys.readouterr().out
+    assert out.count("cached in") == 1 and out.count("making") == 1  # the same labels
+    run(*argv, "clip", "--completions", "3")
+    assert capsys.readouterr().out.count("making") == 2
+
+
+def test_an_interrupted_run_resumes_bit_equal(tmp_path, tiny, monkeypatch):
+    argv = [*SMALL, "--model", tiny, "--reward", "clip-delta", "--runs-dir", str(tmp_path), "--name"]
+    whole = run(*argv, "whole")
+    iteration = train.Trainer.iteration
+
+    def stopped(self, i):
+        if i == 4:
+            raise KeyboardInterrupt
+        return iteration(self, i)
+
+    monkeypatch.setattr(train.Trainer, "iteration", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(*argv, "halves", "--save-every", "2")  # iteration 3 is done, but its checkpoint is that of 2
+    monkeypatch.undo()
+    with open(tmp_path / "halves" / "metrics.jsonl", "a") as file:
+        file.write('{"iteration": 4, "half')
+    halves = run(*argv, "halves", "--resume")
+    assert metrics(halves) == metrics(whole)
+    assert [json.loads(x)["iteration"] for x in (halves / "samples.jsonl").read_text().splitlines()] == [
+        json.loads(x)["iteration"] for x in (whole / "samples.jsonl").read_text().splitlines()
+    ]
+    a, b = (AutoModelForCausalLM.from_pretrained(f / "model").state_dict() for f in (whole, halves))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_metrics_depend_on_the_seed_and_not_on_slots_or_token_budget(tmp_path, tiny):
+    argv = [*SMALL, "--model", tiny, "--reward", "success", "--runs-dir", str(tmp_path), "--iterations", "2"]
+    a, b, c = (run(*argv, *more) for more in ((), ("--slots", "3", "--token-budget", "4096"), ("--seed", "1")))
+    a, b, c = (metrics(x)[2] for x in (a, b, c))
+    assert all(a[k] == pytest.approx(b[k], abs=1e-4) for k in a)
+    assert any(a[k] != pytest.approx(c[k], abs=1e-4) for k in ("kl", "tokens", "return"))
+
+
+def test_bfloat16_forward_keeps_float32_weights_and_the_first_ratio(tmp_path, tiny):
+    argv = [*SMALL, "--model", tiny, "--reward", "delta", "--iterations", "2", "--dtype", "bfloat16"]
+    folder = run(*argv, "--runs-dir", str(tmp_path))
+    assert all(row["max_ratio_error_first"] == 0 for row in metrics(folder)[1:])
+    assert AutoModelForCausalLM.from_pretrained(folder / "model", dtype="auto").dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+
+def test_two_processes_log_what_one_logs(tmp_path, tiny):
+    """torchrun over gloo: the same samples, labels, rewards, advantages and losses, up to the order of sums."""
+    argv = [*SMALL, "--model", tiny, "--reward", "delta", "--iterations", "2", "--name", "two", "--runs-dir"]
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
+    done = subprocess.run([*launch, *argv, str(tmp_path / "2")], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = metrics(run(*argv, str(tmp_path / "1"))), metrics(tmp_path / "2" / "two")
+    assert len(one) == len(two) == 3
+    for a, b in zip(one, two):
+        assert a.keys() == b.keys()
+        assert {k: v for k, v in b.items()} == {k: pytest.approx(v, rel=1e-3, abs=2e-4) for k, v in a.items()}
+    labels = [next((tmp_path / n / "cache").glob("labels-*")) / "labels.jsonl" for n in "12"]
+    rows = [[json.loads(line) for line in file.read_text().splitlines()] for file in labels]
+    assert rows[0] == rows[1]
