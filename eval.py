@@ -219,7 +219,7 @@ class Options:
     prompt: str = option("Question: {question}\nAnswer:", "prompt without a chat template")
     separator: str = option("\n", "what stands between two steps")
     max_prompt_tokens: int = option(1024, "longest prompt that is accepted")
-    max_new_tokens: int = option(1024, "longest answer; a longer one is truncated, and wrong")
+    max_new_tokens: int = option(512, "longest answer; a longer one is truncated, and wrong")
     slots: int = option(256, "answers that decode at once")
     seed: int = option(0, "of the sampled answers")
     out: str = option("", "write the results to this JSON file")

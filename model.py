@@ -12,6 +12,7 @@ Left out: sliding windows, softcaps and attention sinks (refused with a sentence
 Nothing to run here; tests/test_model.py shows each part beside the padded model it must equal.
 """
 
+import atexit
 import inspect
 import json
 import os
@@ -92,7 +93,7 @@ class Packed:
             response = positions >= torch.repeat_interleave(torch.tensor(prompt_lengths), lengths)
             self.is_response = response.to(device)  # (N,)
         self.cu = F.pad(ends, (1, 0)).to(device, torch.int32)  # (B + 1,)
-        # runs of equal length, [(length, how many)]: on CPU each run is one attention call (see `packed_cpu`)
+        # runs of equal length, [(length, how many)]: each run is one SDPA call (see `packed_sdpa`)
         self.runs = [(n, len(list(same))) for n, same in groupby(self.lengths)]
         self.cache = cache
         if cache is not None:
@@ -136,10 +137,10 @@ def packed_attention(layer: int, query, key, value, scale: float, seqs: Packed) 
             return flash_attn_varlen_func(q, k, v, cu, cu, m, m, softmax_scale=scale, causal=True)[None]
         if varlen_attn is not None:
             return varlen_attn(q, k, v, cu, cu, m, m, scale=scale, window_size=(-1, 0), **GQA)[None]
-    return packed_cpu(query, key, value, scale, seqs)
+    return packed_sdpa(query, key, value, scale, seqs)
 
 
-def packed_cpu(query, key, value, scale: float, seqs: Packed) -> Tensor:
+def packed_sdpa(query, key, value, scale: float, seqs: Packed) -> Tensor:
     """SDPA over runs of equally long sequences: views of the packed row, so neither padding nor a mask."""
     out, start = [], 0
     for length, count in seqs.runs:
@@ -283,7 +284,9 @@ def start_processes() -> tuple[int, int, torch.device]:
     if cuda:
         torch.cuda.set_device(local)
     if world > 1 and not dist.is_initialized():
+        # rank 0 alone may load or write for long; the others wait for it
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
+        atexit.register(dist.destroy_process_group)
     return int(os.environ.get("RANK", 0)), world, torch.device("cuda", local) if cuda else torch.device("cpu")
 
 

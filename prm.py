@@ -50,7 +50,7 @@ class LabelOptions:
     prompt: str = option("Question: {question}\nAnswer:", "prompt where the tokenizer has no chat template")
     separator: str = option("\n", "what stands between two steps")
     max_prompt_tokens: int = option(1024, "longest prompt that is accepted")
-    max_new_tokens: int = option(1024, "longest response; a longer one is truncated")
+    max_new_tokens: int = option(512, "longest response; a longer one is truncated")
     temperature: float = option(1.0, "of solutions and completions")
     slots: int = option(256, "answers that decode at once")
     seed: int = option(0, "random seed")
@@ -376,7 +376,8 @@ def prepare_reward_model(
 
 
 def print_quality(quality: dict[str, float]) -> None:
-    print("  on held-out questions: " + ", ".join(f"{k} {v:.3g}" for k, v in quality.items()), flush=True)
+    figures = ", ".join(f"{k} {v:.3g}" for k, v in quality.items())
+    print(f"  on held-out questions: {figures or 'none are labelled'}", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------ the script

@@ -57,12 +57,12 @@ class Options:
     eta: float = option(0.5, "threshold of clip: steps that score above it get 0")
     beta: float = option(0.02, "weight of the KL penalty")
     # the rollout
-    questions: int = option(128, "questions per iteration")
-    samples: int = option(8, "answers per question")
+    questions: int = option(64, "questions per iteration")
+    samples: int = option(4, "answers per question")
     temperature: float = option(1.0, "of sampling, reference and training alike")
     top_p: float = option(1.0, "sample from the most likely tokens that hold this mass; 1: off")
     max_prompt_tokens: int = option(1024, "longest prompt that is accepted")
-    max_new_tokens: int = option(1024, "longest answer; a longer one is truncated")
+    max_new_tokens: int = option(512, "longest answer; a longer one is truncated")
     prompt: str = option("Question: {question}\nAnswer:", "prompt where the tokenizer has no chat template")
     separator: str = option("\n", "what stands between two steps")
     slots: int = option(256, "answers that decode at once")
@@ -82,7 +82,7 @@ class Options:
     token_budget: int = option(16384, "packed tokens per micro-batch; changes memory and speed, never the gradient")
     dtype: str = option("float32", "of the forward passes; weights stay float32", choices=["float32", "bfloat16"])
     # the reward model, where one is made
-    label_problems: int = option(2000, "questions whose solutions are labelled; 0: make no reward model")
+    label_problems: int = option(500, "questions whose solutions are labelled; 0: make no reward model")
     label_samples: int = option(1, "solutions per labelled question")
     completions: int = option(4, "completions per step prefix")
     labels: str = option("hard", "hard: any completion right; soft: the share of right ones", choices=["hard", "soft"])
@@ -91,7 +91,7 @@ class Options:
     rm_head_lr: float = option(1e-3, "learning rate of the reward model's head")
     rm_likelihood: bool = option(False, "let the head read the LM's own lowest log-probability")
     # the run
-    eval_problems: int = option(1000, "evaluation problems")
+    eval_problems: int = option(200, "evaluation problems")
     eval_every: int = option(10, "iterations between evaluations; 0: only before and after")
     seed: int = option(0, "of the run: problems' order, sampling, minibatches")
     prepare_seed: int = option(0, "of the preparation: warm start, labels, reward model")
@@ -107,11 +107,12 @@ PRESETS = {
         data="toy", eval_data="toy", prompt="{question}", max_prompt_tokens=32, max_new_tokens=128,
         questions=768, samples=1, iterations=25, minibatches=2, lr=3e-4, critic_lr=1e-3, token_budget=4096,
         label_problems=1000, rm_epochs=4, rm_lr=3e-4, rm_head_lr=2e-2, rm_likelihood=True, slots=768,
+        eval_problems=1000,
     ),
     # The paper's 1.5B setting. Its learning rates, alpha, beta and eta are not published: those here are ours.
     "paper": dict(
         model="Qwen/Qwen2-1.5B-Instruct", data="mathinstruct", eval_data="math", separator="\n\n", dtype="bfloat16",
-        questions=1024, samples=8,
+        questions=1024, samples=8, max_new_tokens=1024, label_problems=2000, eval_problems=5000,
     ),
 }  # fmt: skip
 ALPHA = {"success": 0.0, "orm": 1.0, "prm": 1.0, "clip": 1.0, "delta": 0.1, "clip-delta": 1.0}
@@ -177,13 +178,13 @@ def check(o: Options) -> None:
 # ------------------------------------------------------------------------------------------------ preparation
 
 
-def warm_start(seed: int, folder: Path, rank: int, world: int) -> None:
+def warm_start(seed: int, folder: Path, rank: int, world: int, device) -> None:
     """Teach the embedded policy to answer at all, from demonstrations. Writes folder/policy, the weights at which sampled
     accuracy first passed one half, and folder/completer, where training ends: it is to the policy what the paper's 7B is
     to its 1.5B."""
     steps, questions = 850, 64
     tokenizer = toy_tokenizer()
-    model, snapshot, accuracy = toy_model(tokenizer, seed), None, 0.0
+    model, snapshot, accuracy = toy_model(tokenizer, seed).to(device), None, 0.0
     is_matrix = lambda name, p: p.dim() == 2 and "embed" not in name
     optimizers = [
         Muon([p for name, p in model.named_parameters() if is_matrix(name, p)], lr=5e-3),
@@ -201,10 +202,10 @@ def warm_start(seed: int, folder: Path, rank: int, world: int) -> None:
         batch = Batch(prompts, responses, torch.zeros(questions, dtype=torch.bool))
         loss = torch.zeros(())
         for rows in batch.plan(list(range(rank, questions, world)), 8192):
-            logp, _ = log_probs(model, *batch.pack(rows, "cpu"), temperature=1.0)
+            logp, _ = log_probs(model, *batch.pack(rows, device), temperature=1.0)
             part = -logp.sum() / batch.mask.sum()
             part.backward()
-            loss += part.detach()
+            loss += part.detach().cpu()
         optimizer_step(model, optimizers, 1.0)
         for schedule in schedules:
             schedule.step()
@@ -223,7 +224,7 @@ def prepare(o: Options, rank: int, world: int, device) -> tuple[str, str]:
     """The folders (or hub names) of the policy to start from and of the reward model ("" for success), made if need be."""
     cache, policy, completer = Path(o.runs_dir) / "cache", o.model, o.completer or o.model
     if not policy:
-        make = lambda folder: warm_start(o.prepare_seed, folder, rank, world)
+        make = lambda folder: warm_start(o.prepare_seed, folder, rank, world, device)
         folder = prm.cached(cache, "toy", "warm start of the embedded policy", {"seed": o.prepare_seed}, make, rank)
         policy, completer = str(folder / "policy"), o.completer or str(folder / "completer")
     kind = reward_model_kind(o.reward)

@@ -1,0 +1,371 @@
+"""The embedded world is right, every way to load problems works or says why not, and steps end at the right tokens."""
+
+import json
+import random
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from data import (
+    SYSTEM,
+    Problem,
+    UserError,
+    decode,
+    encode_prompts,
+    is_toy,
+    load_problems,
+    oracle,
+    split_steps,
+    step_ends,
+    token_ends,
+    toy_lines,
+    toy_problems,
+    toy_solution,
+    toy_tokenizer,
+)
+
+SPECIAL = ["<pad>", "<eos>", "<unk>"]
+NAMES, THINGS, TAILS = ("Ana", "Zoé", "中村", "Bo"), ("apples", "naïve cafés", "苹果", "🍎🍏"), ("now.", "in all, 7+5=12!", "é…")
+SENTENCES = [f"{a} has {i} {b}, {c}" for i, a in enumerate(NAMES) for b in THINGS for c in TAILS]  # 48
+
+
+def fast(model, decoder, pre=None, trainer=None):
+    tok = Tokenizer(model)
+    tok.decoder = decoder
+    if pre is not None:
+        tok.pre_tokenizer = pre
+    if trainer is not None:
+        tok.train_from_iterator(SENTENCES, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def bpe():
+    """GPT-2's and Qwen's kind, with merges: most words, and some of the non-ASCII characters, are one token."""
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    return fast(models.BPE(), decoders.ByteLevel(), pre_tokenizers.ByteLevel(add_prefix_space=False), trainer)
+
+
+def one_byte_each():
+    """The same kind without merges: every non-ASCII character is several tokens, none of which is text alone."""
+    vocab = {token: i for i, token in enumerate(SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    pre = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return fast(models.BPE(vocab, []), decoders.ByteLevel(), pre)
+
+
+def byte_fallback():
+    """Llama 2's kind: a leading blank belongs to the word and is dropped at the start; unknown characters are bytes."""
+    tokens = SPECIAL + ["▁a", "▁b", "▁c", "\n"] + [f"<0x{i:02X}>" for i in range(256)]
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    model = models.BPE({t: i for i, t in enumerate(tokens)}, [], unk_token="<unk>", byte_fallback=True)
+    return fast(model, decoders.Sequence(steps))
+
+
+def of_pieces(*pieces: str):
+    """A tokenizer whose tokens are these strings, and the ids of all of them, in order, with EOS."""
+    vocab = {token: i for i, token in enumerate(SPECIAL + list(dict.fromkeys(pieces)))}
+    tok = fast(models.WordLevel(vocab, unk_token="<unk>"), decoders.Fuse())
+    return tok, [vocab[p] for p in pieces] + [tok.eos_token_id]
+
+
+def pieces(tok, ids, ends) -> list[str]:
+    """The texts between successive step ends."""
+    return [decode(tok, ids[a + 1 : b + 1]) for a, b in zip([-1] + ends, ends)]
+
+
+# ------------------------------------------------------------------------------------------------ the embedded world
+
+
+@pytest.mark.parametrize(
+    "question, lines",
+    [
+        ("41b+5c+3d-9e*5f+2=", ["b41+5=46", "c46+3=49", "d49-9=40", "e40*5=00", "f00+2=02", "####02"]),
+        ("03b-8c*7d+9=", ["b03-8=95", "c95*7=65", "d65+9=74", "####74"]),  # below 0, and 665 mod 100
+        ("00b-2c-9d+6=", ["b00-2=98", "c98-9=89", "d89+6=95", "####95"]),
+        ("99b+9c*9d-8=", ["b99+9=08", "c08*9=72", "d72-8=64", "####64"]),  # above 99
+    ],
+)
+def test_toy_lines_are_the_ones_computed_by_hand(question, lines):
+    assert toy_lines(question) == lines and is_toy(question)
+
+
+@pytest.mark.parametrize("question", ["", "41=", "41b+5", "1b+5c+3=", "41b+55c+3=", "41b/5c+3=", "41b+5c+3= ", "41h+5c+3="])
+def test_other_questions_are_not_of_the_embedded_world(question):
+    assert not is_toy(question)
+    with pytest.raises(UserError, match="embedded world"):
+        toy_lines(question)
+
+
+def test_toy_problems_are_distinct_and_no_test_question_is_a_training_question_whatever_the_seeds():
+    train, test = ([{p.question for p in toy_problems(split, 1500, seed)} for seed in range(3)] for split in ("train", "test"))
+    assert all(len(questions) == 1500 for questions in train + test)
+    assert not set.union(*train) & set.union(*test)
+    assert train[0] != train[1] and toy_problems("train", 20, 7) == toy_problems("train", 20, 7)
+    for p in toy_problems("train", 300):
+        assert p.answer == toy_lines(p.question)[-1] and 3 <= len(toy_lines(p.question)) - 1 <= 6
+    assert load_problems("toy", "test", 50) == toy_problems("test", 50)
+
+
+def test_toy_solutions_are_right_and_short_and_repeat_only_right_lines():
+    tok, rng, most = toy_tokenizer(), random.Random(0), {}
+    for p in toy_problems("train", 300):
+        right = toy_lines(p.question)
+        for repeat in (0.0, 0.1, 1.0):
+            text = toy_solution(p.question, rng, repeat)
+            lines = text.split("\n")
+            assert lines[-1] == p.answer and list(dict.fromkeys(lines)) == right  # each first time in the right order
+            assert len(lines) <= 13 and len(tok.encode(text)) + 1 <= 128
+            assert oracle(p.question, text) == [True] * len(lines)
+            most[repeat] = max(most.get(repeat, 0), len(lines))
+    assert most[0.0] == 7 < most[0.1] <= most[1.0] == 13
+
+
+@pytest.mark.parametrize(
+    "response, labels",
+    [
+        ("b41+5=46\nc46*3=38\n####38", [True, True, True]),
+        ("b41+5=46\nc46*3=37\n####37", [True, False, False]),
+        ("b41+5=45\nc46*3=38\n####38", [False, False, False]),  # all that follows a wrong line is bad, right or not
+        ("b41+5=46\nb41+5=46\nc46*3=38\nb41+5=46\n####38", [True] * 5),  # repeating is no error
+        ("c46*3=38\n####38", [True, True]),
+        ("b41+5=46\n\n\nc46*3=38\n", [True, True]),
+        ("\nb41+5=46\n c46*3=38", [True, False]),
+        ("b41+5=46 c46*3=38", [False]),
+        ("####46", [False]),
+        ("", []),
+        ("\n\n", []),
+    ],
+)
+def test_oracle_labels(response, labels):
+    assert oracle("41b+5c*3=", response) == labels
+
+
+def test_toy_tokenizer_round_trip():
+    tok, rng = toy_tokenizer(), random.Random(1)
+    for p in toy_problems("test", 200):
+        for text in (p.question, toy_solution(p.question, rng, 0.3)):
+            ids = tok.encode(text)
+            assert decode(tok, ids) == text and tok.unk_token_id not in ids
+            assert decode(tok, ids + [tok.eos_token_id, tok.pad_token_id]) == text
+    assert [tok.decode([i]) for i in tok.encode("=\n####02")] == ["=", "\n", "####", "0", "2"]
+    assert len({tok.pad_token_id, tok.eos_token_id, tok.unk_token_id}) == 3
+
+
+# ------------------------------------------------------------------------------------------------ steps
+
+
+@pytest.mark.parametrize(
+    "text, separator, finished, steps",
+    [
+        ("a\nb", "\n", True, ["a\n", "b"]),
+        ("a\nb\n", "\n", True, ["a\n", "b\n"]),
+        ("a\n\n\nb", "\n", True, ["a\n\n\n", "b"]),  # a doubled separator belongs to the step before
+        ("a\n \t\nb", "\n", True, ["a\n \t\n", "b"]),
+        ("\n\na\nb", "\n", True, ["\n\na\n", "b"]),  # a leading one to the first step
+        ("a\nb \n\n", "\n", True, ["a\n", "b \n\n"]),
+        ("a b", "\n", True, ["a b"]),
+        ("a b", "\n", False, []),  # truncated: what is not complete is no step
+        ("a\nb", "\n", False, ["a\n"]),
+        ("a\nb\n", "\n", False, ["a\n", "b\n"]),
+        ("a\nb\n  ", "\n", False, ["a\n", "b\n  "]),
+        ("", "\n", True, []),
+        (" \n\n", "\n", True, []),
+        (" \n\n", "\n", False, []),
+        ("a\nb\n\nc", "\n\n", True, ["a\nb\n\n", "c"]),
+        ("a\n\n\nb", "\n\n", True, ["a\n\n", "\nb"]),
+        ("a\n\n\n\nb\n", "\n\n", True, ["a\n\n\n\n", "b\n"]),
+        ("a\n\nb\n", "\n\n", False, ["a\n\n"]),
+        ("a ки\nb ки", " ки", True, ["a ки", "\nb ки"]),
+    ],
+)
+def test_split_steps(text, separator, finished, steps):
+    ends = split_steps(text, separator, finished)
+    assert [text[a:b] for a, b in zip([0] + ends, ends)] == steps
+
+
+@pytest.mark.xfail(strict=True, reason="a piece that is only a separator made of letters counts as a step")
+def test_split_steps_doubled_separator_of_letters():
+    assert split_steps("a ки ки b", " ки") == [7, 9]
+
+
+@pytest.mark.parametrize("separator", ["\n", "\n\n"])
+@pytest.mark.parametrize("make", [toy_tokenizer, bpe, one_byte_each])
+def test_the_tokens_between_step_ends_are_the_steps(make, separator):
+    tok, rng = make(), random.Random(2)
+    for p in toy_problems("train", 12):
+        steps = toy_lines(p.question) if make is toy_tokenizer else rng.sample(SENTENCES, rng.randint(1, 5))
+        text = separator.join(steps)
+        canonical, by_character = tok.encode(text), [i for c in text.replace("####", "") for i in tok.encode(c)]
+        assert make is one_byte_each or make is toy_tokenizer or len(canonical) < 0.7 * len(by_character)
+        for ids in (canonical, by_character):  # sampled ids need not be the ones that encode would choose
+            expected = [s + separator for s in decode(tok, ids).split(separator)]
+            expected[-1] = expected[-1].removesuffix(separator)
+            assert len(expected) == len(steps)
+            finished = ids + [tok.eos_token_id]
+            ends = step_ends(tok, finished, separator, truncated=False)
+            assert pieces(tok, finished, ends) == expected and ends[-1] == len(ids)  # the last step ends at EOS
+            assert step_ends(tok, ids, separator, truncated=True) == ends[:-1]
+
+
+@pytest.mark.parametrize(
+    "tokens, separator, finished, truncated",
+    [
+        (["So x", ".\n\nN", "ow y", "."], "\n\n", [1, 4], [1]),  # a token spans the separator: it ends the step before
+        (["a", "\nb\n", "c"], "\n", [1, 3], [1]),  # a token ends two steps, which count as one
+        (["a", "\n", "\n", "b"], "\n", [2, 4], [2]),  # the second separator belongs to the first step
+        (["a", "\n", "\nb"], "\n", [3], [2]),  # as above, by the blank line
+        (["a", "b"], "\n", [2], []),
+        (["a\nb"], "\n", [1], [0]),
+        (["a", "\n"], "\n", [2], [1]),
+        (["\n", "\n"], "\n", [], []),
+        ([], "\n", [], []),
+    ],
+)
+def test_step_ends_where_tokens_and_steps_do_not_align(tokens, separator, finished, truncated):
+    tok, ids = of_pieces(*tokens)
+    assert step_ends(tok, ids, separator, truncated=False) == finished
+    assert step_ends(tok, ids[:-1], separator, truncated=True) == truncated
+
+
+def test_token_ends_of_ids_that_encode_would_not_choose_and_of_ids_that_split_a_character():
+    tok = bpe()
+    canonical, by_character = tok.encode("Ana has"), [tok.encode(c)[0] for c in "Ana has"]
+    assert len(canonical) < 7 and decode(tok, canonical) == decode(tok, by_character) == "Ana has"
+    assert token_ends(tok, by_character + [tok.eos_token_id]) == ("Ana has", [1, 2, 3, 4, 5, 6, 7, 7])
+    assert token_ends(tok, canonical)[1] == [3, 7]
+    tok = one_byte_each()
+    ids = tok.encode("é\n中\n")  # 2, 1, 3 and 1 bytes; a character counts from its first byte on
+    assert token_ends(tok, ids) == ("é\n中\n", [1, 1, 2, 3, 3, 3, 4])
+    assert step_ends(tok, ids, "\n", truncated=True) == [2, 6]
+    assert token_ends(tok, ids[:5])[1] == [1, 1, 2, 3, 3]  # the limit cut a character
+    assert step_ends(tok, ids[:5], "\n", truncated=True) == [2]
+
+
+def test_token_ends_where_the_leading_blank_is_dropped():
+    tok = byte_fallback()
+    ids = tok.convert_tokens_to_ids(["▁a", "▁b", "\n", "▁c", "<eos>"])
+    assert token_ends(tok, ids) == ("a b\n c", [1, 3, 4, 6, 6]) and step_ends(tok, ids, "\n", False) == [2, 4]
+
+
+@pytest.mark.xfail(strict=True, reason="prefixes that end inside a character decode to one replacement for each byte")
+def test_step_ends_behind_a_character_of_several_byte_tokens():
+    tok = byte_fallback()
+    ids = tok.convert_tokens_to_ids(["▁a", "<0xE4>", "<0xB8>", "<0xAD>", "\n", "▁b", "<eos>"])
+    assert decode(tok, ids) == "a中\n b"
+    assert step_ends(tok, ids, "\n", truncated=False) == [4, 6]
+
+
+@pytest.mark.xfail(strict=True, reason="lengths of single tokens are trusted if only their sum is right")
+def test_step_ends_where_dropped_blanks_and_byte_tokens_cancel():
+    tok = byte_fallback()
+    ids = tok.convert_tokens_to_ids(["▁a", "▁b", "\n", "▁c", "<0xE4>", "<0xB8>", "<0xAD>", "<eos>"])
+    assert decode(tok, ids) == "a b\n c中"
+    assert step_ends(tok, ids, "\n", truncated=False) == [2, 7]
+
+
+# ------------------------------------------------------------------------------------------------ loading
+
+
+@pytest.mark.parametrize(
+    "row, problem",
+    [
+        ({"question": "1+1?", "answer": "So\n#### 2"}, Problem("1+1?", "So\n#### 2")),
+        ({"problem": "1+1?", "solution": r"\boxed{2}"}, Problem("1+1?", r"\boxed{2}")),
+        ({"problem": "1+1?", "answer": "2"}, Problem("1+1?", "2")),
+        ({"problem": "1+1?", "answer": "2", "solution": "so 2"}, Problem("1+1?", "2")),
+        ({"instruction": "1+1?", "output": "two", "source": "data/CoT/x.json"}, Problem("1+1?", "two")),
+        ({"question": "1+1?", "answer": 2, "level": 5}, Problem("1+1?", "2")),
+        ({"question": "1/2?", "answer": 0.5}, Problem("1/2?", "0.5")),
+        ({"question": "é 中?", "answer": "🍎"}, Problem("é 中?", "🍎")),
+    ],
+)
+def test_jsonl_rows(row, problem, tmp_path):
+    file = tmp_path / "problems.jsonl"
+    file.write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
+    assert load_problems(str(file)) == [problem]
+
+
+def test_jsonl_skips_blank_lines_and_programs_and_stops_at_the_limit(tmp_path):
+    file = tmp_path / "problems.jsonl"
+    rows = [json.dumps({"question": f"q{i}", "answer": i}) for i in range(4)]
+    rows[1] = json.dumps({"instruction": "q", "output": "print(1)", "source": "data/PoT/x.json"})
+    file.write_text("\n \n".join(rows) + "\n\n{malformed")
+    assert [p.question for p in load_problems(str(file), limit=3)] == ["q0", "q2", "q3"]  # never reads on
+    assert [p.question for p in load_problems(str(file), limit=1)] == ["q0"]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"question": "q", "answer": ', "line 3: not JSON"),
+        ("question", "line 3: not JSON"),
+        ('{"question": "q"}', "line 3: needs the fields"),
+        ('["q", "a"]', "line 3: needs the fields"),
+        ('{"question": " ", "answer": "a"}', "line 3: question and answer must be text"),
+        ('{"problem": null, "solution": "a"}', "line 3: problem and solution must be text"),
+        ('{"question": "q", "answer": null}', "line 3: question and answer must be text"),
+        ('{"question": "q", "answer": ["a"]}', "line 3: question and answer must be text"),
+        pytest.param(
+            '{"question": "q", "answer": ""}', "line 3: question and answer must be text",
+            marks=pytest.mark.xfail(strict=True, reason="an empty answer is accepted; no response can be right"),
+        ),
+    ],
+)  # fmt: skip
+def test_a_bad_row_is_one_line_with_its_number(line, message, tmp_path):
+    file = tmp_path / "problems.jsonl"
+    file.write_text('{"question": "q", "answer": "a"}\n\n' + line + '\n{"question": "q", "answer": "a"}\n')
+    with pytest.raises(UserError) as error:
+        load_problems(str(file))
+    assert str(error.value).startswith(f"{file} {message}") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("empty.jsonl", b"", "holds no problems"),
+        ("blank.jsonl", b"\n \n", "holds no problems"),
+        ("latin.jsonl", '{"question": "é", "answer": "1"}'.encode("latin-1"), "not UTF-8"),
+        ("missing.jsonl", None, "no such JSONL file"),
+        (".", None, "no such JSONL file"),
+    ],
+)
+def test_a_bad_file_is_one_line_with_its_name(name, content, message, tmp_path):
+    file = tmp_path / name
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        load_problems(str(file))
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------ prompts
+
+
+def test_prompts_by_chat_template_and_by_plain_template():
+    tok = bpe()
+    tok.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<eos> $A", special_tokens=[("<eos>", tok.eos_token_id)]
+    )
+    problems = [Problem("f({x}) = {question}?", "1"), Problem("中", "2")]
+    plain = encode_prompts(tok, problems, "Q: {question}\nA:", 100)
+    assert [decode(tok, ids) for ids in plain] == ["Q: f({x}) = {question}?\nA:", "Q: 中\nA:"]
+    assert all(ids.count(tok.eos_token_id) == 1 == 1 + ids.index(tok.eos_token_id) for ids in plain)  # as encode adds it
+
+    tok.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+    )
+    chat = encode_prompts(tok, problems, "Q: {question}\nA:", 1000)
+    assert [decode(tok, ids) for ids in chat] == [f"<system>{SYSTEM}<user>{p.question}<bot>" for p in problems]
+    assert not any(tok.eos_token_id in ids for ids in chat)  # the template alone decides on special tokens
+
+
+def test_a_prompt_that_is_too_long_or_empty_is_refused():
+    tok, problems = toy_tokenizer(), [Problem(q, "") for q in ("41b+5c+3d-9=", "41b+5c+3d-9e*5=", "41b+5c+3d-9e*5f+2=")]
+    assert [len(ids) for ids in encode_prompts(tok, problems, "{question}", 18)] == [12, 15, 18]
+    with pytest.raises(UserError, match=r"^2 of 3 prompts .* limit of 12 tokens \(the longest has 18\)") as error:
+        encode_prompts(tok, problems, "{question}", 12)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="no tokens"):
+        encode_prompts(tok, [Problem("", "")], "{question}", 12)
