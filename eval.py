@@ -150,19 +150,27 @@ def read_run(folder: str) -> list[dict]:
     return rows
 
 
-def compare(folders: list[str]) -> str:
+def last_evaluation(folder: str) -> dict:
+    """The run's name, its options, and the last line of its metrics that holds an evaluation."""
+    config = Path(folder) / "config.json"
+    options = json.loads(config.read_text()) if config.is_file() else {}
+    last = [row for row in read_run(folder) if "greedy_accuracy" in row][-1]
+    return {"run": Path(folder).name, "options": options, "metrics": last}
+
+
+def compare(runs: list[dict]) -> str:
     """Runs side by side: their last evaluation, as a Markdown table."""
-    keys = ("accuracy", "steps", "tokens")
-    heads = ["run", "iteration", *(f"{way} {key}" for way in ("greedy", "sampled") for key in keys), "process reward"]
+    heads = ["run", "iteration"]
+    heads += [f"{way} {key}" for way in ("greedy", "sampled") for key in ("accuracy %", "steps", "tokens")]
+    heads.append("process reward")
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for folder in folders:
-        rows = read_run(folder)
-        last = [row for row in rows if "greedy_accuracy" in row][-1]
-        cells = [Path(folder).name, str(last["iteration"])]
+    for run in runs:
+        m = run["metrics"]
+        cells = [run["run"], str(m["iteration"])]
         for way in ("greedy", "sampled"):
-            cells.append(f"{100 * last[f'{way}_accuracy']:.1f} ± {196 * last[f'{way}_stderr']:.1f}")
-            cells += [f"{last[f'{way}_{key}']:.1f}" for key in keys[1:]]
-        lines.append("| " + " | ".join([*cells, f"{last.get('process_reward', 0):.2f}"]) + " |")
+            cells.append(f"{100 * m[f'{way}_accuracy']:.1f} ± {196 * m[f'{way}_stderr']:.1f}")
+            cells += [f"{m[f'{way}_{key}']:.1f}" for key in ("steps", "tokens")]
+        lines.append("| " + " | ".join([*cells, f"{m.get('process_reward', 0):.2f}"]) + " |")
     return "\n".join(lines)
 
 
@@ -287,7 +295,10 @@ def evaluate_model(o: Options, rank: int, world: int, device) -> None:
 def main() -> None:
     o = parse()
     if o.runs:
-        print(compare(o.runs))
+        runs = [last_evaluation(folder) for folder in o.runs]
+        print(compare(runs))
+        if o.out:
+            Path(o.out).write_text(json.dumps(runs, indent=1))
         if o.figure:
             draw_curves(o.runs, o.figure)
             print(f"\nwritten: {o.figure}")

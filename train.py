@@ -220,8 +220,9 @@ def warm_start(seed: int, folder: Path, rank: int, world: int, device) -> None:
             tokenizer.save_pretrained(folder / name)
 
 
-def prepare(o: Options, rank: int, world: int, device) -> tuple[str, str]:
-    """The folders (or hub names) of the policy to start from and of the reward model ("" for success), made if need be."""
+def prepare(o: Options, found: list, rank: int, world: int, device) -> tuple[str, str]:
+    """The folders (or hub names) of the policy to start from and of the reward model ("" for success), made if need be;
+    labels come from some of the problems `found`, or from the embedded world's own supply."""
     cache, policy, completer = Path(o.runs_dir) / "cache", o.model, o.completer or o.model
     if not policy:
         make = lambda folder: warm_start(o.prepare_seed, folder, rank, world, device)
@@ -234,7 +235,6 @@ def prepare(o: Options, rank: int, world: int, device) -> tuple[str, str]:
     def problems():
         if o.data == "toy":
             return toy_problems("train", o.label_problems, seed=3000 + o.prepare_seed)
-        found = load_problems(o.data, "train")
         return random.Random(o.prepare_seed).sample(found, min(o.label_problems, len(found)))
 
     labels = prm.LabelOptions(
@@ -496,7 +496,8 @@ def load_data(o: Options) -> tuple[list, list, list]:
 
 
 def run(o: Options, folder: Path, rank: int, world: int, device) -> None:
-    trainer = Trainer(o, load_data(o), *prepare(o, rank, world, device), rank, world, device)
+    data = load_data(o)
+    trainer = Trainer(o, data, *prepare(o, data[0], rank, world, device), rank, world, device)
     start = 0
     if o.resume:
         checkpoint = torch.load(folder / "checkpoint.pt", map_location=device, weights_only=True)

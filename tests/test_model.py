@@ -88,8 +88,7 @@ def test_packed_logits_and_gradients_are_those_of_the_padded_model(kind, lengths
     (got * weights).sum().backward()
     compared = 0
     for (name, p), q in zip(stock.named_parameters(), ours.parameters(), strict=True):
-        # a key's bias shifts all scores of a query alike: its gradient is 0 but for rounding
-        assert (p.grad - q.grad).norm() <= 1e-4 * (1.0 if "k_proj.bias" in name else p.grad.norm()), name
+        assert (p.grad - q.grad).norm() <= 1e-4 * p.grad.norm(), name
         compared += "bias" in name
     assert compared == (6 if "qwen2" in kind else 0)
 
@@ -200,10 +199,10 @@ def test_a_folder_without_a_head_is_no_reward_model(tmp_path):
     assert "head.safetensors" in refusal(ScalarModel.load, tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("file", [None, "config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"])
-@pytest.mark.parametrize("content", ["", "nonsense", "{}", "[]", '{"model_type": "nonsense"}'])
-def test_folders_of_nonsense_are_refused_in_one_line(file, content, tmp_path):
-    if file:
+@pytest.mark.parametrize("files", [[], ["config.json"], ["tokenizer.json"], ["config.json", "tokenizer_config.json"]])
+@pytest.mark.parametrize("content", ["", "nonsense", "{}", '{"model_type": "nonsense"}'])
+def test_folders_of_nonsense_are_refused_in_one_line(files, content, tmp_path):
+    for file in files:
         (tmp_path / file).write_text(content)
     refusal(load_causal_lm, tmp_path)
     refusal(load_tokenizer, tmp_path)

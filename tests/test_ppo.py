@@ -314,13 +314,15 @@ def test_metrics_are_means_over_the_tokens_of_all_minibatches(naive_gradients):
         assert metrics[name] == pytest.approx(mean, abs=1e-4)
 
 
-def test_the_ratio_is_exactly_1_on_the_first_minibatch():
-    batch, (policy, critic) = solutions(), models()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_ratio_is_exactly_1_on_the_first_minibatch(dtype):
+    batch, pair = solutions(), models()
     plans = [batch.plan(rows, 100) for rows in minibatches(list(range(8)), 8, 2, seed=0)]
-    data = noisy_rollout(policy, batch, plans[0] + plans[1])
-    data.logp = old_log_probs(policy, batch, plans[0] + plans[1])
-    off = step(*models(), batch, data, plans, temperature=1.0)["max_ratio_error_first"]
-    metrics = step(policy, critic, batch, data, plans)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        data = noisy_rollout(pair[0], batch, plans[0] + plans[1])
+        data.logp = old_log_probs(pair[0], batch, plans[0] + plans[1])
+        off = step(*models(), batch, data, plans, temperature=1.0)["max_ratio_error_first"]
+        metrics = step(*pair, batch, data, plans)
     assert metrics["max_ratio_error_first"] == 0.0
     assert metrics["approx_kl"] > 1e-4  # the second minibatch meets a policy that has moved
     assert off > 0.1  # a temperature other than the sampler's shows at once
@@ -394,7 +396,8 @@ def process(rank, folder):
 
 
 def test_two_processes_with_half_of_the_answers_each_end_where_one_with_all_does(tmp_path):
-    assert [[len(rows) for rows in minibatches(half, 8, COUNT, SEED)] for half in HALVES] == [[1, 1, 2, 0], [1, 1, 0, 2]]
+    deals = [minibatches(half, 8, COUNT, SEED) for half in HALVES]
+    assert [[len(rows) for rows in deal] for deal in deals] == [[1, 1, 2, 0], [1, 1, 0, 2]]
     start = "spawn" if torch.cuda.is_available() or sys.platform != "linux" else "fork"  # fork spares two slow imports
     running = mp.start_processes(process, (tmp_path,), nprocs=2, join=False, start_method=start)
     expected, expected_metrics = iterate(list(range(8)))

@@ -1,0 +1,237 @@
+"""The sampler draws what transformers' generate and the exact softmax say, whatever the slots, order and neighbours."""
+
+import pytest
+import torch
+from test_model import padded, random_sequences, tiny
+
+from data import UserError
+from rollout import Batch, draw, rollout, uniforms
+
+NEVER = [-1]  # EOS ids of answers that do not end
+PROMPTS = random_sequences([4, 1, 7, 2, 9, 3, 6, 5, 3], seed=4)
+
+
+def answers(samples) -> list[list[tuple]]:
+    return [[(s.ids, s.truncated) for s in row] for row in samples]
+
+
+# ------------------------------------------------------------------------------------------------ greedy
+
+
+@pytest.mark.parametrize("slots", [3, 64])
+@pytest.mark.parametrize("kind, eos", [("qwen2", [3, 11, 20]), ("llama gqa", [3, 11, 20])])
+def test_greedy_tokens_are_those_of_transformers_generate(kind, eos, slots):
+    stock, ours = tiny(kind)
+    got = rollout(ours, PROMPTS, max_new_tokens=14, eos_ids=eos, temperature=0, slots=slots)
+    ended = 0
+    for i, prompt in enumerate(PROMPTS):
+        ids = torch.tensor([prompt])
+        expected = stock.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=14,
+                                  eos_token_id=eos, pad_token_id=0)[0, len(prompt) :].tolist()  # fmt: skip
+        assert [(s.prompt, s.ids, s.truncated) for s in got[i]] == [(i, expected, expected[-1] not in eos)]
+        ended += expected[-1] in eos
+    assert 2 <= ended <= len(PROMPTS) - 2 and len({len(s.ids) for [s] in got}) >= 3  # slots were refilled and compacted
+
+
+# ------------------------------------------------------------------------------------------------ distribution
+
+
+def p_value(counts, probabilities) -> float:
+    """Pearson's chi-square test of counts (V,) against probabilities (V,); cells that expect less than 5 are merged."""
+    expected = probabilities.double() * counts.sum()
+    small = expected < 5
+    cells = lambda x: torch.cat([x[~small].double(), x[small].double().sum()[None]])[: len(x) if small.any() else -1]
+    observed, expected = cells(counts), cells(expected)
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    return torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2, dtype=torch.float64), statistic / 2).item()
+
+
+def test_p_value_of_a_table_in_a_textbook():
+    fair = torch.full((6,), 1 / 6)
+    assert p_value(torch.tensor([5, 8, 9, 8, 10, 20]), fair) == pytest.approx(0.01991, abs=1e-4)  # chi2 = 13.4, dof 5
+
+
+@torch.no_grad()
+def test_sampled_tokens_follow_the_softmax_of_the_model():
+    stock, ours = tiny("llama gqa")
+    prompt, temperature = PROMPTS[0], 0.7
+    [samples] = rollout(ours, [prompt], 4000, max_new_tokens=2, eos_ids=[0], temperature=temperature, slots=1000, seeds=[8])
+    exact = lambda ids, t=temperature: (padded(stock, [ids])[-1] / t).softmax(-1)
+    first = torch.bincount(torch.tensor([s.ids[0] for s in samples]), minlength=40)
+    assert p_value(first, exact(prompt)) > 0.01
+    assert p_value(first, exact(prompt, 1.0)) < 1e-6  # the test can tell
+    tested = 0
+    for token in first.argsort(descending=True)[:3].tolist():
+        second = torch.bincount(torch.tensor([s.ids[1] for s in samples if s.ids[0] == token]), minlength=40)
+        assert p_value(second, exact(prompt + [token])) > 0.01
+        assert p_value(second, exact(prompt)) < 1e-6
+        tested += second.sum().item()
+    assert tested > 1000
+    assert not any(s.ids[0] == 0 for s in samples if len(s.ids) == 2)
+
+
+def test_draw_inverts_the_distribution_function():
+    logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
+    u = torch.tensor([0.0, 0.05, 0.0999, 0.1001, 0.2999, 0.3001, 0.5999, 0.6001, 0.9999], dtype=torch.float64)
+    assert draw(logits.expand(9, 4), u, 1.0).tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 3]
+    assert draw(logits.expand(9, 4), u, 0.5).tolist() == [0, 1, 1, 1, 2, 2, 3, 3, 3]  # p^2: 1, 4, 9 and 16 of 30
+    assert draw(logits.expand(9, 4), u, 0.0).tolist() == [3] * 9
+
+
+@pytest.mark.parametrize("top_p, nucleus", [(0.3, {2}), (0.6, {0, 2}), (0.9, {0, 2, 3}), (0.97, {0, 1, 2, 3}), (1.0, {0, 1, 2, 3})])
+def test_top_p_keeps_the_nucleus_in_its_proportions(top_p, nucleus):
+    p = torch.tensor([0.3, 0.05, 0.5, 0.15])
+    u = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    drawn = torch.bincount(draw(p.log().expand(20_000, 4), u, 1.0, top_p), minlength=4) / 20_000
+    kept = torch.tensor([i in nucleus for i in range(4)])
+    torch.testing.assert_close(drawn, p * kept / (p * kept).sum(), atol=1e-4, rtol=0)
+
+
+def test_top_p_in_a_rollout():
+    _, ours = tiny("qwen2")
+    go = lambda **more: answers(rollout(ours, PROMPTS[:3], 2, max_new_tokens=8, eos_ids=[3], **more))
+    assert go(top_p=1e-6) == go(temperature=0) != go(top_p=1.0) == go()
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.95])
+@pytest.mark.parametrize("size", [5, 100_000])
+def test_draw_never_returns_a_token_of_probability_0(size, top_p):
+    logits = torch.randn(4, size, generator=torch.Generator().manual_seed(0))
+    logits[:, [0, 1, size - 1]] = -torch.inf
+    logits[:, 2] = 30.0  # all but all of the mass, at the start: what follows hardly adds to the sum
+    for u in (0.0, 2**-53, 0.5, 1 - 2**-53):
+        tokens = draw(logits, torch.full((4,), u, dtype=torch.float64), 1.0, top_p)
+        assert not set(tokens.tolist()) & {0, 1, size - 1}
+    logits[:, 2] = 0.0
+    for u in (0.0, 1 - 2**-53):
+        tokens = draw(logits, torch.full((4,), u, dtype=torch.float64), 1.0, top_p)
+        assert not set(tokens.tolist()) & {0, 1, size - 1}
+    if top_p == 1:
+        assert set(tokens.tolist()) == {size - 2}  # u near 1 is the last token that there is
+
+
+def test_uniforms_are_splitmix64():
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    u = uniforms(torch.tensor([1234567, -1]), 5)
+    assert u[0].tolist() == [(x >> 11) / 2**53 for x in published] and u[1].tolist() != u[0].tolist()
+
+
+def test_uniforms_are_uniform_and_depend_on_seed_and_index_alone():
+    seeds = torch.tensor([0, 1, 2, -5, 2**63 - 1, -(2**63)] + list(range(100, 294)))
+    u = uniforms(seeds, 500)
+    assert u.shape == (200, 500) and u.dtype == torch.float64 and u.min() >= 0 and u.max() < 1
+    assert abs(u.mean() - 1 / 2) < 0.004 and abs(u.var() - 1 / 12) < 0.002  # 4 and 8 standard errors of 100,000 draws
+    assert p_value(torch.histc(u, 50, 0, 1), torch.full((50,), 0.02)) > 0.01
+    for a, b in ((u[:, :-1], u[:, 1:]), (u[:-1], u[1:])):  # neither successive elements nor successive seeds correlate
+        assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 0.013
+    assert torch.equal(uniforms(seeds, 3), u[:, :3]) and torch.equal(uniforms(seeds[[7, 2]], 500), u[[7, 2]])
+
+
+# ------------------------------------------------------------------------------------------------ independence
+
+
+def test_samples_depend_neither_on_slots_nor_on_order_nor_on_the_other_prompts():
+    _, ours = tiny("qwen2")
+    limits, seeds, more = [9, 3, 12, 5, 9, 1, 12, 7, 8], [50 + i * i for i in range(9)], dict(eos_ids=[3, 11, 20, 21])
+    expected = answers(rollout(ours, PROMPTS, 3, max_new_tokens=limits, seeds=seeds, **more))
+    assert {t for row in expected for _, t in row} == {True, False}
+    for slots in (1, 3, 64):
+        assert answers(rollout(ours, PROMPTS, 3, max_new_tokens=limits, seeds=seeds, slots=slots, **more)) == expected
+    for picked in ([8, 3, 0, 5, 1, 7, 2, 6, 4], [2], [6, 1]):
+        of = lambda x: [x[i] for i in picked]
+        got = rollout(ours, of(PROMPTS), 3, max_new_tokens=of(limits), seeds=of(seeds), slots=4, **more)
+        assert answers(got) == of(expected)
+        assert [[s.prompt for s in row] for row in got] == [[i] * 3 for i in range(len(picked))]
+    fewer = answers(rollout(ours, PROMPTS, 2, max_new_tokens=limits, seeds=seeds, **more))
+    assert fewer == [row[:2] for row in expected]  # sample j does not depend on how many there are
+
+
+def test_samples_of_a_prompt_differ_and_a_seed_gives_the_same_again():
+    _, ours = tiny("qwen2")
+    go = lambda seeds: answers(rollout(ours, [PROMPTS[0]] * 3, 2, max_new_tokens=12, eos_ids=[3], seeds=seeds))
+    [a, b], [c, d], [e, f] = go([5, 5, 6])
+    assert (a, b) == (c, d) and len({str(x) for x in (a, b, e, f)}) == 4
+    assert go(None) == go([0, 1, 2])
+
+
+# ------------------------------------------------------------------------------------------------ limits
+
+
+def test_truncated_says_that_the_limit_was_met_without_eos():
+    _, ours = tiny("qwen2")
+    eos, go = [3, 11], lambda limit: rollout(ours, PROMPTS, 4, max_new_tokens=limit, eos_ids=[3, 11])
+    long = go(20)
+    kinds = {True: 0, False: 0}
+    for s in (s for row in long for s in row):
+        assert s.truncated == (s.ids[-1] not in eos) and not set(s.ids[:-1]) & set(eos)
+        assert len(s.ids) == 20 if s.truncated else len(s.ids) <= 20
+        kinds[s.truncated] += 1
+    assert min(kinds.values()) >= 5
+    exactly = next(len(s.ids) for row in long for s in row if not s.truncated and len(s.ids) > 1)
+    for limit in (exactly, exactly - 1):
+        for short, whole in zip((s for row in go(limit) for s in row), (s for row in long for s in row), strict=True):
+            assert short.ids == whole.ids[:limit]
+            assert short.truncated == (whole.truncated or len(whole.ids) > limit)
+
+
+def test_each_prompt_has_its_own_limit():
+    _, ours = tiny("llama gqa")
+    limits = [1, 12, 5, 1, 3, 12, 2, 8, 4]
+    go = lambda limit, slots: rollout(ours, PROMPTS, 2, max_new_tokens=limit, eos_ids=NEVER, slots=slots)
+    whole = go(12, 64)
+    for slots in (2, 64):
+        got = go(limits, slots)
+        assert [[s.ids for s in row] for row in got] == [[s.ids[:n] for s in row] for row, n in zip(whole, limits)]
+        assert all(s.truncated and len(s.ids) == n for row, n in zip(got, limits) for s in row)
+
+
+def test_a_prompt_and_its_limit_must_fit_the_positions():
+    _, ours = tiny("qwen2")
+    prompt = random_sequences([50])[0]
+    assert len(rollout(ours, [prompt, prompt[:9]], max_new_tokens=[14, 55], eos_ids=[0], slots=1)) == 2  # 64 each
+    with pytest.raises(UserError, match="65 tokens.* 64 positions") as error:
+        rollout(ours, [prompt, prompt[:9]], max_new_tokens=[15, 55], eos_ids=[0])
+    assert "\n" not in str(error.value)
+
+
+def test_a_rollout_leaves_the_model_as_it_was_and_no_prompts_give_no_samples():
+    _, ours = tiny("qwen2")
+    for training in (True, False):
+        ours.train(training)
+        rollout(ours, PROMPTS[:1], max_new_tokens=2, eos_ids=[3])
+        assert ours.training == training
+    assert rollout(ours, [], max_new_tokens=2, eos_ids=[3]) == []
+
+
+# ------------------------------------------------------------------------------------------------ batches
+
+
+def a_batch():
+    prompts, responses = [[1, 2, 3], [4], [5, 6], [7, 8], [9]], [[11], [12, 13, 14, 15], [16, 17], [18], [19, 20, 21]]
+    return Batch(prompts, responses, torch.zeros(5, dtype=torch.bool))
+
+
+def test_pack_lays_rows_end_to_end_and_keeps_what_predicts_a_response_token():
+    packed, keep, targets = a_batch().pack([2, 0, 4], "cpu")
+    assert packed.ids.tolist() == [[5, 6, 16, 17, 1, 2, 3, 11, 9, 19, 20, 21]]
+    assert keep.tolist() == [1, 2, 6, 8, 9, 10] and targets.tolist() == [16, 17, 11, 19, 20, 21]
+    assert packed.is_response.nonzero().squeeze(1).tolist() == [2, 3, 7, 9, 10, 11]
+
+
+@pytest.mark.parametrize("budget", [1, 4, 5, 8, 9, 1000])
+@pytest.mark.parametrize("rows", [[0, 1, 2, 3, 4], [4, 1, 2], [3]])
+def test_a_plan_covers_each_row_once_within_the_budget_and_map_puts_each_token_in_its_place(rows, budget):
+    batch = a_batch()
+    sizes = [4, 5, 4, 3, 4]
+    plan = batch.plan(rows, budget)
+    assert sorted(i for micro in plan for i in micro) == sorted(rows)
+    assert all(sum(sizes[i] for i in micro) <= budget or len(micro) == 1 for micro in plan)
+    assert [sizes[i] for micro in plan for i in micro] == sorted(sizes[i] for i in rows)
+    if budget == 8 and len(rows) == 5:
+        assert [[sizes[i] for i in micro] for micro in plan] == [[3, 4], [4, 4], [5]]
+    out = batch.map(lambda rows, packed, keep, targets: targets, plan, "cpu")
+    assert out.tolist() == [(r + [0] * 4)[:4] if i in rows else [0] * 4 for i, r in enumerate(batch.responses)]
+
+
+def test_the_mask_is_the_length_of_the_responses():
+    assert a_batch().mask.sum(1).tolist() == [1, 4, 2, 1, 3] and a_batch().mask[2].tolist() == [True, True, False, False]
