@@ -25,6 +25,7 @@ import sys
 import zlib
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -174,6 +175,8 @@ def read_jsonl(path: Path):
                     yield f"{path} line {number}", json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{path} line {number}: not JSON ({error.msg})") from None
+        except RecursionError:
+            raise UserError(f"{path} line {number}: nested too deeply") from None
         except UnicodeDecodeError:
             raise UserError(f"{path}: not UTF-8 text") from None
 
@@ -181,7 +184,7 @@ def read_jsonl(path: Path):
 def to_problem(row: dict, where: str) -> Problem:
     for q, a in FIELDS:
         if isinstance(row, dict) and q in row and a in row:
-            if isinstance(row[q], str) and row[q].strip() and isinstance(row[a], str | int | float):
+            if isinstance(row[q], str) and isinstance(row[a], str | int | float) and row[q].strip() and str(row[a]).strip():
                 return Problem(row[q], str(row[a]))
             raise UserError(f"{where}: {q} and {a} must be text that is not empty")
     raise UserError(f"{where}: needs the fields (question, answer) or (problem, solution | answer)")
@@ -237,7 +240,7 @@ def split_steps(text: str, separator: str, finished: bool = True) -> list[int]:
         cut = text.find(separator, start)
         last = cut < 0
         end = len(text) if last else cut + len(separator)
-        if text[start:end].strip():
+        if text[start : len(text) if last else cut].strip():
             if not last or finished:
                 ends.append(end)
         elif ends:
@@ -251,13 +254,13 @@ def token_ends(tokenizer, ids: list[int]) -> tuple[str, list[int]]:
 
     Sampled ids need not be what the tokenizer would make of their text, so re-encoding cannot give the offsets."""
     text = decode(tokenizer, ids)
-    ends, total = [], 0
-    for i in ids:
-        total += token_length(tokenizer, i)
-        ends.append(total)
-    if total != len(text):  # byte pieces of one character, or a tokenizer that drops a leading blank: decode prefixes
-        ends = [min(len(decode(tokenizer, ids[: t + 1])), len(text)) for t in range(len(ids))]
-    return text, ends
+    parts = [token_text(tokenizer, i) for i in ids]
+    if "".join(parts) == text:
+        return text, list(accumulate(map(len, parts)))
+    # Byte pieces of one character, or a tokenizer that drops a leading blank: decode prefixes. A prefix that ends inside a
+    # character decodes to one replacement character per byte, hence the running minimum from the end.
+    ends = [len(decode(tokenizer, ids[: t + 1])) for t in range(len(ids))]
+    return text, list(accumulate(reversed(ends), min))[::-1]
 
 
 def decode(tokenizer, ids: list[int]) -> str:
@@ -265,8 +268,8 @@ def decode(tokenizer, ids: list[int]) -> str:
 
 
 @lru_cache(maxsize=500_000)
-def token_length(tokenizer, i: int) -> int:
-    return len(decode(tokenizer, [i]))
+def token_text(tokenizer, i: int) -> str:
+    return decode(tokenizer, [i])
 
 
 def step_ends(tokenizer, ids: list[int], separator: str, truncated: bool) -> list[int]:

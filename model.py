@@ -204,9 +204,13 @@ def load_tokenizer(path: str):
 def load_causal_lm(path: str, dtype=torch.float32, device="cpu") -> nn.Module:
     """A causal LM with our attention, from a folder or a hub name. Raises UserError if it cannot be loaded."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=ATTENTION, dtype=dtype)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, attn_implementation=ATTENTION, dtype=dtype, output_loading_info=True
+        )
     except Exception as error:
         raise UserError(f"{path}: cannot load a causal language model ({first_line(error)})") from None
+    if info["missing_keys"]:  # transformers would fill them with random numbers
+        raise UserError(f"{path}: the weights lack {len(info['missing_keys'])} tensors, such as {min(info['missing_keys'])}")
     return model.to(device).eval()  # eval: dropout in the training forward would make the ratio start off 1
 
 
@@ -266,8 +270,9 @@ class ScalarModel(nn.Module):
     @classmethod
     def load(cls, path: str | Path, dtype=torch.float32, device="cpu") -> "ScalarModel":
         """Raises UserError for a folder that `save` did not write."""
-        if not Path(path, "head.safetensors").is_file():
-            raise UserError(f"{path}: not a reward model that prm.py trained (it has no head.safetensors)")
+        for name in ("head.safetensors", "head.json"):
+            if not Path(path, name).is_file():
+                raise UserError(f"{path}: not a reward model that prm.py trained (it has no {name})")
         model = cls(load_causal_lm(path, dtype, device), json.loads(Path(path, "head.json").read_text())["likelihood"])
         model.head.load_state_dict(load_file(Path(path, "head.safetensors")))
         return model.eval()

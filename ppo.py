@@ -195,7 +195,7 @@ def update(
                 ratio = log_ratio.exp()
                 worst = torch.maximum(worst, (ratio - 1).abs().max().cpu())
                 kinds = (loss, v_loss, entropy, ratio - 1 - log_ratio, ((ratio - 1).abs() > clip).float())
-                sums += torch.stack([*(x.sum(dtype=torch.float64) for x in kinds), torch.tensor(float(len(old)))]).cpu()
+                sums += torch.stack([*(x.sum(dtype=torch.float64) for x in kinds), old.new_tensor(len(old))]).cpu()
             if progress:
                 progress(len(rows))
         first = worst if first is None else first

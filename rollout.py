@@ -123,10 +123,12 @@ def rollout(
 
     max_new_tokens: one limit, or one for each prompt. seeds: one for each prompt (default: its index).
     temperature 0 is greedy. slots: how many samples decode at once. progress: text of a progress bar, "" for none.
-    Raises UserError if a prompt and its limit do not fit the model's positions."""
+    Raises UserError if a prompt and its limit do not fit the model's positions, ValueError for an empty prompt or limit."""
     if not prompts:
         return []
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    if min(limits) < 1 or not all(prompts):
+        raise ValueError("every prompt needs a token, and every answer room for one")
     longest = max(len(p) + limit for p, limit in zip(prompts, limits))
     if longest > model.config.max_position_embeddings:
         raise UserError(

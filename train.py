@@ -97,6 +97,7 @@ class Options:
     prepare_seed: int = option(0, "of the preparation: warm start, labels, reward model")
     name: str = option("", "name of the run; empty: from preset, reward and seed")
     runs_dir: str = option("runs", "where runs and the cache live")
+    threads: int = option(0, "CPU threads; 0: torch's choice")
     resume: bool = option(False, "continue the run NAME from its checkpoint")
     save_every: int = option(10, "iterations between checkpoints; 0: only at the end")
 
@@ -105,9 +106,10 @@ PRESETS = {
     # The embedded world. Sizes so that a laptop's two cores need minutes.
     "toy": dict(
         data="toy", eval_data="toy", prompt="{question}", max_prompt_tokens=32, max_new_tokens=128,
-        questions=768, samples=1, iterations=25, minibatches=2, lr=3e-4, critic_lr=1e-3, token_budget=4096,
+        questions=768, samples=1, iterations=20, minibatches=2, lr=3e-4, critic_lr=1e-3, token_budget=4096,
         label_problems=1000, rm_epochs=4, rm_lr=3e-4, rm_head_lr=2e-2, rm_likelihood=True, slots=768,
         eval_problems=1000,
+        threads=1,  # a second one brings so small a model 15 %, and stalls it where another process wants the core
     ),
     # The paper's 1.5B setting. Its learning rates, alpha, beta and eta are not published: those here are ours.
     "paper": dict(
@@ -165,7 +167,7 @@ def check(o: Options) -> None:
         raise UserError("--resume needs the --name of the run to continue")
     low = {"temperature": 1e-6, "questions": 1, "samples": 1, "epochs": 1, "minibatches": 1, "max_new_tokens": 1, "slots": 1,
            "max_prompt_tokens": 1, "token_budget": 1, "completions": 1, "label_samples": 1, "iterations": 1, "beta": 0,
-           "eval_problems": 1, "eval_every": 0, "save_every": 0, "value_clip": 0, "rm_epochs": 1}  # fmt: skip
+           "eval_problems": 1, "eval_every": 0, "save_every": 0, "value_clip": 0, "rm_epochs": 1, "threads": 0}  # fmt: skip
     for name, least in low.items():
         if getattr(o, name) < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least:g}")
@@ -465,7 +467,7 @@ def open_run(o: Options) -> Path:
         if not (folder / "checkpoint.pt").is_file():
             raise UserError(f"{folder} has no checkpoint to resume from")
         old = json.loads((folder / "config.json").read_text())
-        free = ("resume", "iterations", "save_every", "runs_dir", "slots")  # these do not change what is computed
+        free = ("resume", "iterations", "save_every", "runs_dir", "slots", "threads")  # these do not change what is computed
         changed = [f"{k} {old.get(k)} -> {v}" for k, v in asdict(o).items() if k not in free and old.get(k) != v]
         if changed:
             raise UserError(f"{folder} was started with other options ({', '.join(changed)}): use those, or another --name")
@@ -549,7 +551,9 @@ def main() -> None:
     options, preset = parse()
     rank, world, device = start_processes()
     if rank == 0:
-        print(preset)
+        print(preset, flush=True)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     if options.questions < world:
         raise UserError(f"--questions {options.questions} is less than the {world} processes that share them")
     run(options, open_run(options), rank, world, device)

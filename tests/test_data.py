@@ -26,7 +26,8 @@ from data import (
 )
 
 SPECIAL = ["<pad>", "<eos>", "<unk>"]
-NAMES, THINGS, TAILS = ("Ana", "Zoé", "中村", "Bo"), ("apples", "naïve cafés", "苹果", "🍎🍏"), ("now.", "in all, 7+5=12!", "é…")
+NAMES, THINGS = ("Ana", "Zoé", "中村", "Bo"), ("apples", "naïve cafés", "苹果", "🍎🍏")
+TAILS = ("now.", "in all, 7+5=12!", "é…")
 SENTENCES = [f"{a} has {i} {b}, {c}" for i, a in enumerate(NAMES) for b in THINGS for c in TAILS]  # 48
 
 
@@ -42,8 +43,9 @@ def fast(model, decoder, pre=None, trainer=None):
 
 def bpe():
     """GPT-2's and Qwen's kind, with merges: most words, and some of the non-ASCII characters, are one token."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     return fast(models.BPE(), decoders.ByteLevel(), pre_tokenizers.ByteLevel(add_prefix_space=False), trainer)
 
@@ -91,7 +93,7 @@ def test_toy_lines_are_the_ones_computed_by_hand(question, lines):
     assert toy_lines(question) == lines and is_toy(question)
 
 
-@pytest.mark.parametrize("question", ["", "41=", "41b+5", "1b+5c+3=", "41b+55c+3=", "41b/5c+3=", "41b+5c+3= ", "41h+5c+3="])
+@pytest.mark.parametrize("question", ["", "41=", "41b+5", "1b+5c+3=", "41b+55c+3=", "41b/5=", "41b+5= ", "41h+5="])
 def test_other_questions_are_not_of_the_embedded_world(question):
     assert not is_toy(question)
     with pytest.raises(UserError, match="embedded world"):
@@ -99,8 +101,9 @@ def test_other_questions_are_not_of_the_embedded_world(question):
 
 
 def test_toy_problems_are_distinct_and_no_test_question_is_a_training_question_whatever_the_seeds():
-    train, test = ([{p.question for p in toy_problems(split, 1500, seed)} for seed in range(3)] for split in ("train", "test"))
-    assert all(len(questions) == 1500 for questions in train + test)
+    questions = lambda split: [{p.question for p in toy_problems(split, 1500, seed)} for seed in range(3)]
+    train, test = questions("train"), questions("test")
+    assert all(len(q) == 1500 for q in train + test)
     assert not set.union(*train) & set.union(*test)
     assert train[0] != train[1] and toy_problems("train", 20, 7) == toy_problems("train", 20, 7)
     for p in toy_problems("train", 300):
@@ -185,7 +188,6 @@ def test_split_steps(text, separator, finished, steps):
     assert [text[a:b] for a, b in zip([0] + ends, ends)] == steps
 
 
-@pytest.mark.xfail(strict=True, reason="a piece that is only a separator made of letters counts as a step")
 def test_split_steps_doubled_separator_of_letters():
     assert split_steps("a ки ки b", " ки") == [7, 9]
 
@@ -249,7 +251,6 @@ def test_token_ends_where_the_leading_blank_is_dropped():
     assert token_ends(tok, ids) == ("a b\n c", [1, 3, 4, 6, 6]) and step_ends(tok, ids, "\n", False) == [2, 4]
 
 
-@pytest.mark.xfail(strict=True, reason="prefixes that end inside a character decode to one replacement for each byte")
 def test_step_ends_behind_a_character_of_several_byte_tokens():
     tok = byte_fallback()
     ids = tok.convert_tokens_to_ids(["▁a", "<0xE4>", "<0xB8>", "<0xAD>", "\n", "▁b", "<eos>"])
@@ -257,7 +258,6 @@ def test_step_ends_behind_a_character_of_several_byte_tokens():
     assert step_ends(tok, ids, "\n", truncated=False) == [4, 6]
 
 
-@pytest.mark.xfail(strict=True, reason="lengths of single tokens are trusted if only their sum is right")
 def test_step_ends_where_dropped_blanks_and_byte_tokens_cancel():
     tok = byte_fallback()
     ids = tok.convert_tokens_to_ids(["▁a", "▁b", "\n", "▁c", "<0xE4>", "<0xB8>", "<0xAD>", "<eos>"])
@@ -307,10 +307,7 @@ def test_jsonl_skips_blank_lines_and_programs_and_stops_at_the_limit(tmp_path):
         ('{"problem": null, "solution": "a"}', "line 3: problem and solution must be text"),
         ('{"question": "q", "answer": null}', "line 3: question and answer must be text"),
         ('{"question": "q", "answer": ["a"]}', "line 3: question and answer must be text"),
-        pytest.param(
-            '{"question": "q", "answer": ""}', "line 3: question and answer must be text",
-            marks=pytest.mark.xfail(strict=True, reason="an empty answer is accepted; no response can be right"),
-        ),
+        ('{"question": "q", "answer": ""}', "line 3: question and answer must be text"),
     ],
 )  # fmt: skip
 def test_a_bad_row_is_one_line_with_its_number(line, message, tmp_path):
@@ -351,7 +348,7 @@ def test_prompts_by_chat_template_and_by_plain_template():
     problems = [Problem("f({x}) = {question}?", "1"), Problem("中", "2")]
     plain = encode_prompts(tok, problems, "Q: {question}\nA:", 100)
     assert [decode(tok, ids) for ids in plain] == ["Q: f({x}) = {question}?\nA:", "Q: 中\nA:"]
-    assert all(ids.count(tok.eos_token_id) == 1 == 1 + ids.index(tok.eos_token_id) for ids in plain)  # as encode adds it
+    assert all(ids.count(tok.eos_token_id) == 1 == 1 + ids.index(tok.eos_token_id) for ids in plain)  # as encode does
 
     tok.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
