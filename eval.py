@@ -125,9 +125,9 @@ def best_of_n(rows: list[dict], n: int, kind: str, model: ScalarModel, tokenizer
 def before_after(before: dict, after: dict, answers: tuple[list, list]) -> str:
     """What training changed: a table, and some answers before and after."""
     lines = [f"{'':28}{'before':>16}{'after':>16}"]
+    accuracy = lambda r, way: f"{100 * r[way + '_accuracy']:.1f} ± {196 * r[way + '_stderr']:.1f} %"
     for way in ("greedy", "sampled"):
-        cell = lambda r: f"{100 * r[way + '_accuracy']:.1f} ± {196 * r[way + '_stderr']:.1f} %"
-        lines.append(f"{way + ' accuracy':28}{cell(before):>16}{cell(after):>16}")
+        lines.append(f"{way + ' accuracy':28}{accuracy(before, way):>16}{accuracy(after, way):>16}")
         for key in ("steps", "tokens", "repeats", "truncated"):
             name = "  truncated answers" if key == "truncated" else f"  {key} per answer"
             lines.append(f"{name:28}{before[f'{way}_{key}']:>16.2f}{after[f'{way}_{key}']:>16.2f}")

@@ -142,6 +142,8 @@ def continue_labels(path: Path, settings: dict, samples: int) -> int:
     """How many questions the label file holds completely; a line or a question cut off by a kill is removed."""
     sidecar = path.with_suffix(".settings.json")
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and path.stat().st_size and not sidecar.exists():
+        raise UserError(f"{path} exists and is no label file of this program: choose another --out")
     if path.exists() and sidecar.exists():
         old = json.loads(sidecar.read_text())
         changed = [f"{k} {old.get(k)} -> {v}" for k, v in settings.items() if old.get(k) != v]
@@ -294,7 +296,7 @@ def quality(scores: Tensor, labels: Tensor) -> dict[str, float]:
     }
 
 
-def test_reward_model(model, tokenizer, rows: list[dict], options: TrainOptions, *, prompt: str) -> dict[str, float]:
+def evaluate_reward_model(model, tokenizer, rows: list[dict], options: TrainOptions, *, prompt: str) -> dict[str, float]:
     """Quality on held-out questions against the labels; of a PRM in the embedded world against the exact oracle too."""
     rows = [row for row in rows if held_out(row["question"])]
     marks = targets(rows, options.kind, options.labels)
@@ -359,7 +361,7 @@ def prepare_reward_model(
         trained = train_reward_model(
             lm, tokenizer, rows, train_options, prompt=label_options.prompt, seed=label_options.seed, rank=rank, world=world
         )
-        quality = test_reward_model(trained, tokenizer, rows, train_options, prompt=label_options.prompt)
+        quality = evaluate_reward_model(trained, tokenizer, rows, train_options, prompt=label_options.prompt)
         if rank == 0:
             trained.save(folder)
             tokenizer.save_pretrained(folder)
@@ -426,7 +428,7 @@ def main() -> None:
     else:
         model = ScalarModel.load(o.model, device=device)
     if rank == 0:
-        print_quality(test_reward_model(model, tokenizer, rows, train_options, prompt=prompt))
+        print_quality(evaluate_reward_model(model, tokenizer, rows, train_options, prompt=prompt))
 
 
 if __name__ == "__main__":

@@ -87,6 +87,10 @@ def test_labels_of_other_settings_are_refused_with_the_difference(tiny, tmp_path
     other = LabelOptions(**{**vars(OPTIONS), "completions": 5})
     with pytest.raises(UserError, match="completions 3 -> 5"):
         make_labels(tiny, tiny, TOKENIZER, toy_problems("train", 2), other, file)
+    (tmp_path / "mine.jsonl").write_text("precious\n")
+    with pytest.raises(UserError, match="no label file"):
+        make_labels(tiny, tiny, TOKENIZER, toy_problems("train", 2), OPTIONS, tmp_path / "mine.jsonl")
+    assert (tmp_path / "mine.jsonl").read_text() == "precious\n"
 
 
 def test_targets_of_hard_and_soft_labels_and_of_the_orm():
@@ -119,7 +123,7 @@ def test_a_reward_model_learns_what_can_be_learnt_and_scores_unseen_questions(ki
     options = TrainOptions(kind=kind, epochs=4, lr=3e-3, head_lr=1e-2, batch_size=16)
     lm = toy_model(TOKENIZER, seed=0, hidden=32, layers=2, heads=2)
     model = prm.train_reward_model(lm, TOKENIZER, rows, options, prompt="{question}")
-    result = prm.test_reward_model(model, TOKENIZER, rows, options, prompt="{question}")
+    result = prm.evaluate_reward_model(model, TOKENIZER, rows, options, prompt="{question}")
     assert result["auroc"] > 0.95 and result["accuracy"] > 0.9 and result["ece"] < 0.2
     held = [r for r in rows if prm.held_out(r["question"])]
     assert 10 < len(held) < 60 and result["count"] == sum(len(r["ends"]) if kind == "prm" else 1 for r in held)
@@ -171,7 +175,7 @@ def test_no_steps_at_all_are_an_empty_matrix():
 def test_auroc_and_quality_by_hand():
     assert auroc(torch.tensor([0.1, 0.4, 0.35, 0.8]), torch.tensor([0.0, 0.0, 1.0, 1.0])) == 0.75
     assert auroc(torch.tensor([0.5, 0.5]), torch.tensor([0.0, 1.0])) == 0.5  # a tie counts half
-    assert auroc(torch.tensor([0.5, 0.6]), torch.tensor([1.0, 1.0])) != auroc(torch.tensor([0.5]), torch.tensor([1.0]))  # nan
+    assert torch.tensor(auroc(torch.tensor([0.5, 0.6]), torch.tensor([1.0, 1.0]))).isnan()  # one class only
     result = quality(torch.tensor([0.95, 0.95, 0.05, 0.15]), torch.tensor([1.0, 0.0, 0.0, 0.0]))
     assert result["accuracy"] == 0.75 and result["positive"] == 0.25 and result["count"] == 4
     assert result["ece"] == pytest.approx(0.5 * 0.45 + 0.25 * 0.05 + 0.25 * 0.15)
