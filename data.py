@@ -40,6 +40,25 @@ def option(default, help: str, **more):
     return field(default=default, metadata={"help": help, **more})
 
 
+@dataclass
+class TextOptions:
+    """How text becomes prompts and steps; the scripts' options inherit it. A shell passes \\n as two characters."""
+
+    prompt: str = option("Question: {question}\nAnswer:", "prompt where the tokenizer has no chat template")
+    separator: str = option("\n", "what stands between two steps")
+    max_prompt_tokens: int = option(1024, "longest prompt that is accepted")
+    max_new_tokens: int = option(512, "longest answer; a longer one is truncated, and wrong")
+
+    def __post_init__(self):
+        self.prompt, self.separator = (x.replace("\\n", "\n") for x in (self.prompt, self.separator))
+        if "{question}" not in self.prompt:
+            raise UserError("--prompt must say where the {question} goes")
+        if not self.separator:
+            raise UserError("--separator must not be empty: every character would be a step")
+        if min(self.max_prompt_tokens, self.max_new_tokens) < 1:
+            raise UserError("--max-prompt-tokens and --max-new-tokens must be at least 1")
+
+
 @dataclass(frozen=True)
 class Problem:
     question: str

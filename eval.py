@@ -22,7 +22,7 @@ import torch
 from transformers import HfArgumentParser
 
 import prm
-from data import Problem, UserError, decode, encode_prompts, load_problems, option, run_script, step_ends
+from data import Problem, TextOptions, UserError, decode, encode_prompts, load_problems, option, run_script, step_ends
 from grader import extract, grade
 from model import ScalarModel, eos_ids, gather, load_causal_lm, load_tokenizer, start_processes
 from rollout import Sample, rollout
@@ -214,7 +214,7 @@ def draw_curves(folders: list[str], path: str) -> None:
 
 
 @dataclass
-class Options:
+class Options(TextOptions):
     model: str = option("", "a run's folder, a model's folder or a hub name")
     runs: list[str] = field(default_factory=list, metadata={"help": "folders of runs to compare, instead of --model"})
     figure: str = option("", "with --runs: write the curves to this file (png, pdf, svg)")
@@ -224,10 +224,6 @@ class Options:
     prm: str = option("", "folder of a PRM: best-of-n and weighted votes by it")
     orm: str = option("", "folder of an ORM, likewise")
     temperature: float = option(1.0, "of the sampled answers")
-    prompt: str = option("Question: {question}\nAnswer:", "prompt without a chat template")
-    separator: str = option("\n", "what stands between two steps")
-    max_prompt_tokens: int = option(1024, "longest prompt that is accepted")
-    max_new_tokens: int = option(512, "longest answer; a longer one is truncated, and wrong")
     slots: int = option(256, "answers that decode at once")
     seed: int = option(0, "of the sampled answers")
     out: str = option("", "write the results to this JSON file")

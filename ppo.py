@@ -85,9 +85,10 @@ def whiten(advantages: Tensor, mask: Tensor) -> Tensor:
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1 - Var(R - V) / Var(R): 1 for a perfect critic, 0 for a constant one, below 0 for one that misleads."""
+    """1 - Var(R - V) / Var(R): 1 for a perfect critic, 0 for a constant one (and where all returns are equal, so that
+    nothing is to be explained), below 0 for one that misleads."""
     var = lambda x: (masked_mean(x**2, mask) - masked_mean(x, mask) ** 2).item()
-    return 1 - var(returns - values) / max(var(returns), 1e-12)
+    return 1 - var(returns - values) / var(returns) if var(returns) > 1e-12 else 0.0
 
 
 class ValueNorm:

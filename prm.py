@@ -32,7 +32,8 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from data import (
-    Problem, UserError, decode, encode_prompts, is_toy, load_problems, option, oracle, read_jsonl, run_script, step_ends,
+    Problem, TextOptions, UserError, decode, encode_prompts, is_toy, load_problems, option, oracle, read_jsonl,
+    run_script, step_ends,
 )  # fmt: skip
 from grader import grade
 from model import (
@@ -43,14 +44,10 @@ from rollout import Batch, rollout
 
 
 @dataclass
-class LabelOptions:
+class LabelOptions(TextOptions):
     problems: int = option(1000, "questions to sample solutions for")
     samples: int = option(1, "solutions per question")
     completions: int = option(4, "completions per step prefix")
-    prompt: str = option("Question: {question}\nAnswer:", "prompt where the tokenizer has no chat template")
-    separator: str = option("\n", "what stands between two steps")
-    max_prompt_tokens: int = option(1024, "longest prompt that is accepted")
-    max_new_tokens: int = option(512, "longest response; a longer one is truncated")
     temperature: float = option(1.0, "of solutions and completions")
     slots: int = option(256, "answers that decode at once")
     seed: int = option(0, "random seed")
@@ -309,7 +306,7 @@ def evaluate_reward_model(model, tokenizer, rows: list[dict], options: TrainOpti
     if options.kind == "prm" and all(is_toy(row["question"]) for row in rows):
         exact = [x for row in rows for x in oracle(row["question"], row["response"])[: len(row["ends"])]]
         result["auroc_oracle"] = auroc(flat, torch.tensor(exact, dtype=torch.float))
-    return result
+    return {k: v for k, v in result.items() if v == v}  # no AUROC (nan) where only one class occurs
 
 
 # ------------------------------------------------------------------------------------------------ made once
@@ -395,9 +392,13 @@ class Options:
 
 
 def main() -> None:
-    parser = HfArgumentParser((Options, LabelOptions, TrainOptions), description=__doc__.split("train.py calls")[0],
-                              formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                              usage="python prm.py label|train|test [--OPTION VALUE ...]")  # fmt: skip
+    class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+        """Keep the lines of the description, show the defaults."""
+
+    parser = HfArgumentParser(
+        (Options, LabelOptions, TrainOptions), usage="python prm.py label|train|test [--OPTION VALUE ...]",
+        description=__doc__.split("train.py calls")[0], formatter_class=Formatter, allow_abbrev=False,
+    )  # fmt: skip
     parser.add_argument("stage", choices=["label", "train", "test"])
     given = vars(parser.parse_args())
     stage = given.pop("stage")

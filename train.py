@@ -28,7 +28,8 @@ from transformers import HfArgumentParser
 
 import prm
 from data import (
-    UserError, encode_prompts, is_toy, load_problems, option, oracle, run_script, toy_problems, toy_solution, toy_tokenizer,
+    TextOptions, UserError, encode_prompts, is_toy, load_problems, option, oracle, run_script, toy_problems,
+    toy_solution, toy_tokenizer,
 )  # fmt: skip
 from eval import before_after, evaluate, judge
 from model import (
@@ -43,7 +44,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass
-class Options:
+class Options(TextOptions):
     reward: str = option("delta", "success, orm, prm, clip, delta or clip-delta", choices=list(REWARDS))
     preset: str = option("", "toy or paper; default: paper with CUDA, else toy; with --model, none")
     model: str = option("", "policy: a folder or hub name; empty: the embedded world's own")
@@ -61,10 +62,6 @@ class Options:
     samples: int = option(4, "answers per question")
     temperature: float = option(1.0, "of sampling, reference and training alike")
     top_p: float = option(1.0, "sample from the most likely tokens that hold this mass; 1: off")
-    max_prompt_tokens: int = option(1024, "longest prompt that is accepted")
-    max_new_tokens: int = option(512, "longest answer; a longer one is truncated")
-    prompt: str = option("Question: {question}\nAnswer:", "prompt where the tokenizer has no chat template")
-    separator: str = option("\n", "what stands between two steps")
     slots: int = option(256, "answers that decode at once")
     # PPO
     iterations: int = option(100, "rollouts")
@@ -97,7 +94,7 @@ class Options:
     prepare_seed: int = option(0, "of the preparation: warm start, labels, reward model")
     name: str = option("", "name of the run; empty: from preset, reward and seed")
     runs_dir: str = option("runs", "where runs and the cache live")
-    threads: int = option(0, "CPU threads; 0: torch's choice")
+    threads: int = option(0, "CPU threads of a single process; 0: torch's choice")
     resume: bool = option(False, "continue the run NAME from its checkpoint")
     save_every: int = option(10, "iterations between checkpoints; 0: only at the end")
 
@@ -109,7 +106,7 @@ PRESETS = {
         questions=768, samples=1, iterations=20, minibatches=2, lr=3e-4, critic_lr=1e-3, token_budget=4096,
         label_problems=1000, rm_epochs=4, rm_lr=3e-4, rm_head_lr=2e-2, rm_likelihood=True, slots=768,
         eval_problems=1000,
-        threads=1,  # a second one brings so small a model 15 %, and stalls it where another process wants the core
+        threads=2,  # more do not help so small a model
     ),
     # The paper's 1.5B setting. Its learning rates, alpha, beta and eta are not published: those here are ours.
     "paper": dict(
@@ -165,8 +162,8 @@ def check(o: Options) -> None:
         raise UserError(f"--data {o.data} needs a --model: the embedded policy only knows its own world")
     if o.resume and not o.name:
         raise UserError("--resume needs the --name of the run to continue")
-    low = {"temperature": 1e-6, "questions": 1, "samples": 1, "epochs": 1, "minibatches": 1, "max_new_tokens": 1, "slots": 1,
-           "max_prompt_tokens": 1, "token_budget": 1, "completions": 1, "label_samples": 1, "iterations": 1, "beta": 0,
+    low = {"temperature": 1e-6, "questions": 1, "samples": 1, "epochs": 1, "minibatches": 1, "slots": 1,
+           "token_budget": 1, "completions": 1, "label_samples": 1, "iterations": 1, "beta": 0,
            "eval_problems": 1, "eval_every": 0, "save_every": 0, "value_clip": 0, "rm_epochs": 1, "threads": 0}  # fmt: skip
     for name, least in low.items():
         if getattr(o, name) < least:
@@ -240,8 +237,8 @@ def prepare(o: Options, found: list, rank: int, world: int, device) -> tuple[str
         return random.Random(o.prepare_seed).sample(found, min(o.label_problems, len(found)))
 
     labels = prm.LabelOptions(
-        o.label_problems, o.label_samples, o.completions, o.prompt, o.separator, o.max_prompt_tokens, o.max_new_tokens,
-        o.temperature, o.slots, o.prepare_seed,
+        o.prompt, o.separator, o.max_prompt_tokens, o.max_new_tokens, problems=o.label_problems, samples=o.label_samples,
+        completions=o.completions, temperature=o.temperature, slots=o.slots, seed=o.prepare_seed,
     )  # fmt: skip
     training = prm.TrainOptions(kind, o.labels, o.rm_epochs, o.rm_lr, o.rm_head_lr, likelihood=o.rm_likelihood)
     dtype = DTYPES[o.dtype]
@@ -552,7 +549,7 @@ def main() -> None:
     rank, world, device = start_processes()
     if rank == 0:
         print(preset, flush=True)
-    if options.threads:
+    if options.threads and world == 1:  # torchrun divides the cores itself
         torch.set_num_threads(options.threads)
     if options.questions < world:
         raise UserError(f"--questions {options.questions} is less than the {world} processes that share them")

@@ -198,7 +198,7 @@ def test_the_stages_run_one_by_one_from_the_command_line(tmp_path, tiny, monkeyp
     assert len(read_labels(labels)) == 30
     trained = call("train", "--model", folder, "--labels-file", labels, "--out", out, "--kind", "prm", *shared)
     tested = call("test", "--model", out, "--labels-file", labels, *shared)
-    assert "auroc" in trained and trained.splitlines()[-1] == tested.splitlines()[-1]
+    assert "brier" in trained and trained.splitlines()[-1] == tested.splitlines()[-1]
     for argv, words in (
         (("train", "--model", folder, "--out", out), "needs --labels-file"),
         (("test", "--model", folder, "--labels-file", labels), "not a reward model"),

@@ -147,7 +147,7 @@ def test_samples_depend_neither_on_slots_nor_on_order_nor_on_the_other_prompts()
     for slots in (1, 3, 64):
         assert answers(rollout(ours, PROMPTS, 3, max_new_tokens=limits, seeds=seeds, slots=slots, **more)) == expected
     for picked in ([8, 3, 0, 5, 1, 7, 2, 6, 4], [2], [6, 1]):
-        of = lambda x: [x[i] for i in picked]
+        of = lambda x, picked=picked: [x[i] for i in picked]
         got = rollout(ours, of(PROMPTS), 3, max_new_tokens=of(limits), seeds=of(seeds), slots=4, **more)
         assert answers(got) == of(expected)
         assert [[s.prompt for s in row] for row in got] == [[i] * 3 for i in range(len(picked))]

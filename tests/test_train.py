@@ -60,6 +60,13 @@ def test_each_preset_names_only_options_that_exist_and_says_why_it_runs():
     assert train.parse([])[0].preset == expected
 
 
+def test_a_backslash_n_from_the_shell_is_a_line_break():
+    options, _ = train.parse(["--preset", "toy", "--separator", r"\n\n", "--prompt", r"Q: {question}\nA:"])
+    assert options.separator == "\n\n" and options.prompt == "Q: {question}\nA:"
+    with pytest.raises(UserError, match="--separator must not be empty"):
+        train.parse(["--preset", "toy", "--separator", ""])
+
+
 def test_every_option_has_a_help_text():
     assert all(f.metadata.get("help") for f in train.Options.__dataclass_fields__.values())
 
@@ -84,6 +91,8 @@ def test_alpha_defaults_by_reward_and_is_overridden_by_hand():
         ("--top-p 0", "--top-p"),
         ("--temperature 0", "--temperature must be at least"),
         ("--questions 0", "--questions must be at least 1"),
+        ("--prompt Q:", "{question}"),
+        ("--max-new-tokens 0", "at least 1"),
         ("--preset nothing", "choose"),
     ],
 )
