@@ -195,7 +195,7 @@ def load_tokenizer(path: str):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # which exception a missing or broken tokenizer raises varies between versions
-        raise UserError(f"{path}: cannot load a tokenizer ({first_line(error)})") from None
+        raise UserError(f"{path}: cannot load a tokenizer ({first_line(error)}); give a local folder") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: the tokenizer has no EOS token, so no answer would ever end")
     return tokenizer
@@ -208,7 +208,7 @@ def load_causal_lm(path: str, dtype=torch.float32, device="cpu") -> nn.Module:
             path, attn_implementation=ATTENTION, dtype=dtype, output_loading_info=True
         )
     except Exception as error:
-        raise UserError(f"{path}: cannot load a causal language model ({first_line(error)})") from None
+        raise UserError(f"{path}: cannot load a causal LM ({first_line(error)}); give a local folder") from None
     if info["missing_keys"]:  # transformers would fill them with random numbers
         raise UserError(f"{path}: the weights lack {len(info['missing_keys'])} tensors, such as {min(info['missing_keys'])}")
     return model.to(device).eval()  # eval: dropout in the training forward would make the ratio start off 1
