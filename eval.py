@@ -202,7 +202,7 @@ def draw_curves(folders: list[str], path: str) -> None:
         ax.set_xlabel("iteration")
         ax.grid(alpha=0.3)
         if "accuracy" in key or key == "success":
-            ax.set_ylim(0, 1)
+            ax.set_ylim(-0.03, 1.03)
         else:
             ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
     axes.flat[0].legend(fontsize=8)
@@ -282,7 +282,8 @@ def evaluate_model(o: Options, rank: int, world: int, device) -> None:
             show(name, f"{100 * value:.1f} %")
         results |= more
     if o.out:
-        Path(o.out).write_text(json.dumps({"options": asdict(o), "problems": len(problems), "results": results}, indent=1))
+        options = {k: v for k, v in asdict(o).items() if k not in ("out", "answers", "runs", "figure")}
+        Path(o.out).write_text(json.dumps({"options": options, "problems": len(problems), "results": results}, indent=1))
     if o.answers:
         lines = [json.dumps({"way": way, **row}) for way, r in (("greedy", greedy_rows), ("sampled", rows)) for row in r]
         Path(o.answers).write_text("\n".join(lines) + "\n")
