@@ -157,8 +157,10 @@ def decode_attention(layer: int, query, key, value, scale: float, seqs: Decode) 
     k_cache, v_cache = seqs.cache.k[layer, :B], seqs.cache.v[layer, :B]  # (B, max_tokens, Hkv, D)
     if query.is_cuda and flash_attn_with_kvcache is not None and query.dtype != torch.float32:
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        lengths = seqs.lengths.to(torch.int32)
-        return flash_attn_with_kvcache(q, k_cache, v_cache, k, v, lengths, softmax_scale=scale, causal=True)
+        lengths = seqs.lengths.to(torch.int32)  # the kernel appends k and v behind these many tokens
+        return flash_attn_with_kvcache(
+            q, k_cache, v_cache, k, v, cache_seqlens=lengths, softmax_scale=scale, causal=True
+        )
     k_cache[seqs.rows, seqs.lengths] = key[:, :, 0]
     v_cache[seqs.rows, seqs.lengths] = value[:, :, 0]
     k, v = (x[:, : seqs.window].transpose(1, 2) for x in (k_cache, v_cache))
