@@ -256,6 +256,7 @@ class Trainer:
     def __init__(self, o: Options, data: tuple, model: str, reward_model: str, rank: int, world: int, device):
         self.o, self.rank, self.world, self.device = o, rank, world, device
         self.problems, self.prompts, self.test = data
+        self.toy = all(is_toy(p.question) for p in self.problems)  # of all ranks' problems: they must log the same metrics
         self.dtype = DTYPES[o.dtype]
         self.tokenizer = load_tokenizer(model)
         self.policy = load_causal_lm(model, device=device)
@@ -388,7 +389,7 @@ class Trainer:
             "truncated": batch.truncated,
             "nonzero": ((refined != 0) & mask).sum(1) if refined is not None else zero,
         }
-        if all(is_toy(a["question"]) for a in answers):
+        if self.toy:
             count["good_steps"] = torch.tensor([sum(oracle(a["question"], a["response"])[: a["steps"]]) for a in answers])
         return count
 
@@ -421,7 +422,7 @@ class Trainer:
         self.critic.load_state_dict(state["critic"])
         for optimizer, s in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(s)
-        self.value_norm.sums = state["value_norm"]
+        self.value_norm.sums = state["value_norm"].cpu()
 
 
 class Clock:
