@@ -23,7 +23,7 @@ from transformers import HfArgumentParser
 
 import prm
 from data import Problem, TextOptions, UserError, decode, encode_prompts, load_problems, option, run_script, step_ends
-from grader import extract, grade
+from grader import extract, grade, verdict
 from model import ScalarModel, eos_ids, gather, load_causal_lm, load_tokenizer, start_processes
 from rollout import Sample, rollout
 
@@ -37,9 +37,10 @@ def judge(tokenizer, problems: list[Problem], samples: list[list[Sample]], separ
         for s in group:
             text, ends = decode(tokenizer, s.ids), step_ends(tokenizer, s.ids, separator, s.truncated)
             steps = [step.strip() for step in text.split(separator) if step.strip()]
+            kind = "truncated" if s.truncated else verdict(problem.answer, text).kind
             rows.append({
                 "question": problem.question, "response": text, "gold": problem.answer,
-                "correct": not s.truncated and grade(problem.answer, text), "truncated": s.truncated,
+                "verdict": kind, "correct": kind == "match", "truncated": s.truncated,
                 "steps": len(ends), "tokens": len(s.ids), "repeats": len(steps) - len(set(steps)), "ends": ends,
             })  # fmt: skip
     return rows
@@ -134,8 +135,8 @@ def before_after(before: dict, after: dict, answers: tuple[list, list]) -> str:
     for b, a in zip(*answers):
         lines.append(f"\nquestion  {b['question']}")
         for when, x in (("before", b), ("after", a)):
-            verdict = "truncated" if x["truncated"] else "right" if x["correct"] else "wrong"
-            lines.append(f"{when:9} {x['response'].strip()}   ({verdict})".replace("\n", "\n" + " " * 10))
+            kind = {"match": "right", "mismatch": "wrong"}.get(x["verdict"], x["verdict"])
+            lines.append(f"{when:9} {x['response'].strip()}   ({kind})".replace("\n", "\n" + " " * 10))
     return "\n".join(lines)
 
 

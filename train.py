@@ -32,6 +32,7 @@ from data import (
     toy_solution, toy_tokenizer,
 )  # fmt: skip
 from eval import before_after, evaluate, judge
+from grader import VERDICTS
 from model import (
     Muon, ScalarModel, all_reduce, eos_ids, load_causal_lm, load_tokenizer, optimizer_step, same_tokenizer,
     start_processes, toy_model,
@@ -323,6 +324,8 @@ class Trainer:
         per_answer = {"return": rewards.sum(1), "success": correct, "kl": ((logp - ref_logp) * batch.mask).sum(1)}
         per_answer |= self.rollout_metrics(batch, answers, mask, refined, outcome)
         log = {k: all_reduce(x.sum(dtype=torch.float64)).item() / total for k, x in per_answer.items()}
+        verdicts = torch.tensor([[a["verdict"] == kind for kind in VERDICTS] for a in answers]).sum(0)
+        log |= dict(zip((kind.replace(" ", "_") for kind in VERDICTS), all_reduce(verdicts).tolist()))
         for share in {"nonzero", "good_steps"} & log.keys():
             log[share] /= max(log["steps"], 1e-9)
         log |= {"explained_variance": explained_variance(values, returns, batch.mask), "lr": lr, **losses, **clock.seconds}
