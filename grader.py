@@ -3,8 +3,9 @@ r"""Math answer grader: is the final answer of a response the gold answer? It gi
     gold      Natalia sold 48+24 = <<48+24=72>>72 clips altogether in April and May.\n#### 72
     response  ... so $48 + 24 = 72$ and the answer is $\boxed{72}$.      -> match
 
-Policies find every hole of a reward, so that what is not understood *entirely* counts only as a string: nothing is
-guessed, truncated, rounded or executed. The file has six parts, each of which uses only those above it:
+Policies find every hole of a reward, so what is not understood *entirely* counts only as a string: nothing is guessed,
+dropped, rounded or executed. The file is long because answers are of many kinds; it has six parts, to be read apart, and
+each uses only those above it:
 
     extraction    the final answer in a response, in linear time
     spelling      one spelling for each notation; equal strings and plain numbers need nothing more
@@ -14,10 +15,10 @@ guessed, truncated, rounded or executed. The file has six parts, each of which u
     worker        the last three run in a process with little memory and less time, so that nothing can hang training
 
 Two expressions are equal if they are at random points: exactly where they are rational (Schwartz-Zippel), else to more
-digits than are written in them. There is no symbolic simplification, which is slow and can only fail to prove things.
+digits than are written in them. There is no symbolic simplification: it is slow, and can only fail to prove things.
 
-Left out: sums with symbolic limits, integrals, limits and derivatives are equal only if their parts are; solving
-equations; converting units; piecewise functions.
+Left out: solving equations, converting units, calculus, piecewise functions; sums with symbolic limits are equal only if
+their parts are.
 
 Run `python grader.py GOLD TEXT`, for example `python grader.py '\frac12' 'The answer is 0.50.'`, or
 `python grader.py --file X.jsonl` for a file of {"gold": ..., "text": ...}
@@ -35,6 +36,7 @@ import re
 import subprocess
 import sys
 import threading
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
@@ -58,11 +60,20 @@ VERDICTS = ("match", "mismatch", "unparsed", "timed out")
 BOX_OR_BRACE = re.compile(
     r"\\{1,2}(?:boxed|fbox)(?![a-zA-Z])\s{0,9}(?:(\{)|([-+.0-9\\][^\s$]{0,99}))|\\.|[{}]", re.DOTALL
 )
-MARKER = re.compile(r"answer\s{0,3}(?:is\b:?|:)|^A: ", re.IGNORECASE | re.MULTILINE)
-LINE_END = re.compile(r"\n|\.\s|<\|")  # "The answer is 5. I hope it is correct.<|im_end|>"
+MARKER = re.compile(  # "The answer is", "**Answer**:", "### Answer", but not "the answer is correct"
+    r"(?:answer[*_]{0,2}\s{0,3}|(?:option|choice) )(?:is\b:?|:)(?!\W{0,3}(?:indeed |thus |therefore |also )?"
+    r"(?:correct|right|wrong|clear|not|reasonable|valid|unique|verified)\b)|^A: |<answer>|"
+    r"^[#*_ ]{0,9}(?:final )?answer[*_ ]{0,9}$",
+    re.IGNORECASE | re.MULTILINE,
+)
+LINE_END = re.compile(r"\n|\.\s|<\||</?[a-z_]{3,12}>")  # "The answer is 5. I hope it is correct.<|im_end|>"
+DISPLAYED = re.compile(r"[\s*:_`]{0,20}(?:\\\[|\$\$)(.+?)(?:\\\]|\$\$)", re.DOTALL)
+FILLER = re.compile(r"^\W{0,3}(?:approximately|about|exactly|thus|hence|so|then|therefore|simply|just|equal to),?\s", re.I)
 COMMAND = re.compile(r"\\[a-zA-Z]+ ?(?:\{[^{}\\]*\}){0,2}")  # with its argument: \text{ square cm} is not prose
+LABEL = re.compile(r"[a-zA-Z]{3,9} ?:\s|^[A-Za-z][a-z]{2,}\s.*=|<<|\b(?:is|are|has|have|gets?)\b")  # "Result: 5", "It is 5"
 MATH = re.compile(r"(?<!\\)\$\$?|\\[()\[\]]")  # where math mode begins or ends
 WORD = re.compile(r"(?!(?:and|or|sqrt|(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|ln|log|exp|pi)\b)\b[a-zA-Z]{2,}")
+PROSE = re.compile(r"\b(?!(?:and|or|sqrt|sin|cos|tan|log|exp|abc|xyz)\b)(?:[A-Za-z][a-z]{2,}|is|of|to|on|if|we|he)\b")
 NUMBER = re.compile(
     r"(?:(?<![\w)}])[-−]\\?\$?)?"  # 5-3 ends in 3, not in -3
     r"(?:[0-9]+(?:,[0-9]{3}(?![0-9]))*(?:[.][0-9]+|,[0-9]{2}(?![0-9]))?|\.[0-9]+)(?:[eE][-+]?[0-9]+|/[0-9]+)?(?:\\?%)?"
@@ -73,52 +84,44 @@ JOINT = re.compile(r"[,;+&]*|(?:,|[a-z]+|for part \([a-z]\))?(?:and|or)(?:[a-z]_
 def extract(text: str) -> str | None:
     r"""The final answer in a response or a reference solution, None if there is none.
 
-    The last \boxed{}, else what follows the last ####, else "answer is" or "answer:", else a text that is nothing but
-    an answer, else the last $math$, else the last number."""
+    The last \boxed{}, else what follows the last ####, else "answer is" or "answer:", else a text that is nothing but an
+    answer, else the last $math$ or the last number, whichever is later."""
     text = text[-MAX_TEXT:]
-    answer = marked_answer(text)
-    if answer or is_bare(text):
-        return answer or text.strip() or None
-    return last_in_prose(text)
-
-
-def last_in_prose(text: str) -> str | None:
-    """The last math segment or the last number, whichever is later."""
-    found, found_end, end, opened = None, 0, 0, False
-    for delimiter in MATH.finditer(text):
-        segment, end = text[end : delimiter.start()].strip(" "), delimiter.end()
-        # What stands between the dollars of "$5 and then $8" is no math: it has words.
-        if opened and segment and not WORD.search(COMMAND.sub(" ", segment)):
-            if "\n" not in segment or delimiter[0] in ("$$", r"\]"):  # inline math does not go over several lines
-                found = segment.strip()
-            found_end, opened = end, False
-        else:
-            opened = True
-    numbers = NUMBER.findall(text[found_end:])
-    return numbers[-1] if numbers else found
+    if answer := marked_answer(text):
+        return answer
+    text = FILLER.sub("", text.strip().strip("`*"))
+    return (text or None) if is_bare(text) else last_in_prose(text)
 
 
 def marked_answer(text: str) -> str | None:
     """The answer that the text itself points out. Empty ones do not count: prompts are quoted with an empty box."""
     text = text[-MAX_TEXT:]
     before, final, rest = text.rpartition("final answer is")
-    line = re.split(LINE_END, rest.strip(), maxsplit=1)[0]
-    if not (final and "boxed" in before and "boxed" not in rest and is_bare(line)):  # the later one of the two counts
+    line = first_statement(rest)
+    if not (final and "boxed" in before and "boxed" not in rest and is_bare(line)):  # of a box and this, the later counts
         if boxed := boxed_answer(text):
             return boxed
         _, final, rest = text.rpartition("####")
         if not final:
             rest = text[max((match.end() for match in MARKER.finditer(text)), default=len(text)) :]
-        line = re.split(LINE_END, rest.strip(), maxsplit=1)[0]
-    line = re.sub(r'\\?"', "", line)
+        line = first_statement(rest)
     if not is_bare(line):  # "Final answer: $3$, since x is 5", "Final answer: the largest n is 34"
-        start = re.match(r"\$([^$]+)\$|\\\((.+?)\\\)", line)
-        line = start[1] or start[2] if start else last_in_prose(line) or line
+        first = re.match(r"\$([^$]+)\$|\\\((.+?)\\\)", line)
+        line = first[1] or first[2] if first else last_in_prose(line) or line
     return line.lstrip(" $*").rstrip(" .$*\r") or None
 
 
+def first_statement(text: str) -> str:
+    """The displayed formula or the line that a text begins with, without Markdown's bold and code marks."""
+    if displayed := DISPLAYED.match(text):
+        return displayed[1].strip()
+    line = LINE_END.split(text.lstrip(" \r\n*:_`"), maxsplit=1)[0]
+    line = FILLER.sub("", re.sub(r'\\?"', "", line))
+    return line if re.search(r"\w\*\*\w", line) else re.sub(r"\*\*|`", "", line)  # 2**3
+
+
 def boxed_answer(text: str, joined: bool = True) -> str | None:
-    r"""The content of the last balanced box; boxes joined only by "and", "or" or a comma count as one list.
+    r"""The content of the last balanced box. If joined, boxes with only "and", "or" or a comma between them are one list.
 
     One pass with a stack: to look for the end of each box apart takes quadratic time on 50,000 times "\boxed{"."""
     boxes, stack = [], []  # boxes: (start of the box, start of its content, end of its content, end of the box)
@@ -132,13 +135,11 @@ def boxed_answer(text: str, joined: bool = True) -> str | None:
     answers, following = [], None
     for start, content, stop, end in sorted(boxes, reverse=True):  # of nested boxes the inner one comes first
         if answers:
-            if not joined:
+            gap = re.sub(r"\\(?:text|mbox|q?quad|[ ,;()\[\]])|[${}]", "", text[end : min(following, end + 60)])
+            if not joined or end > following or not JOINT.fullmatch(re.sub(r"(?<!for)(?<!part)\s", "", gap)):
                 break
-            gap = text[end : min(following, end + 60)]
-            gap = re.sub(r"\\(?:text|mbox|q?quad|[ ,;()\[\]])|[${}]", "", gap)
-            if not JOINT.fullmatch(re.sub(r"(?<!for)(?<!part)\s", "", gap)) or end > following:
-                break
-        if answer := text[content:stop].strip(" \n").rstrip(".,;"):
+        answer = text[content:stop].strip(" \n")
+        if answer := answer if answer.endswith("...") else answer.rstrip(".,;"):
             answers.append(answer)
             following = start
     if not answers and (unclosed := [token.end() for token in stack if token[1]]):
@@ -151,110 +152,127 @@ def is_bare(text: str) -> bool:
     if re.fullmatch(r"\$\$?[^$]{1,300}\$\$?", text.strip()):
         return True
     rest = COMMAND.sub(" ", text.strip())
-    rest = rest.replace("\n", " ") if "\\begin" in text else rest
-    if "\n" in rest or re.search(r"[a-zA-Z]{3,9} ?:\s|^(?:[A-Za-z][a-z]{2,}|[Ss]o)\s.*=|<<", rest):
+    if ("\n" in rest and "\\begin" not in text) or LABEL.search(rest):
         return False
     words = len(WORD.findall(rest))
-    if re.search(r"[-+*/^=]", rest) and not re.search("[a-zA-Z]{3}", rest):  # xy+yz+zx
+    if re.search(r"[-+*/^=]", rest) and not re.search("[a-zA-Z]{3}", rest) and not MATH.search(text):  # xy+yz+zx
         words = 0
     return not words or (words <= 2 and len(text) <= 300 and not MATH.search(text))
 
 
+def last_in_prose(text: str) -> str | None:
+    found, found_end, end, opened = None, 0, 0, False
+    for delimiter in MATH.finditer(text):
+        segment, end = text[end : delimiter.start()].strip(" "), delimiter.end()
+        # What stands between the dollars of "$5 and then $8" is no math: it has words.
+        if opened and segment and not PROSE.search(COMMAND.sub(" ", segment)):
+            if "\n" not in segment or delimiter[0] in ("$$", r"\]"):  # inline math does not go over several lines
+                found = segment.strip()
+            found_end, opened = end, False
+        else:
+            opened = True
+    for number in reversed(list(NUMBER.finditer(text, found_end))):
+        before, after = text[: number.start()][-1:], text[number.end() :][:1]
+        if before not in ("^", "_"):  # the 2 of cm^2 is not the answer; of 2π, √3 and 4:30 no part is
+            return found if before in ("√", ":") or after in ("√", "π", "^", ":", "!") else number[0]
+    return found
+
+
 # ------------------------------------------------------------------------------------------------ spelling
 
-PLAIN = re.compile(r"([-+]?)(?:(\d{1,300})|(\d{1,3}(?:,\d{3}){1,99}))??(?:\.(\d{0,300})|,(\d\d)|(?<=\b0),(\d{3,}))?", re.ASCII)
-SPELLINGS = {  # LaTeX command -> the one spelling that the parser knows
-    **dict.fromkeys("left right bigl bigr Bigl Bigr biggl biggr Biggl Biggr big Big bigg Bigg".split(), ""),
-    **dict.fromkeys("displaystyle textstyle limits rm bf it mathbf boldsymbol bm mathit boxed".split(), ""),
-    **dict.fromkeys("enspace thinspace".split(), " "),
-    **dict.fromkeys("dfrac tfrac cfrac".split(), r"\frac"),
-    **dict.fromkeys("dbinom tbinom".split(), r"\binom"),
-    **dict.fromkeys("mbox hbox mathrm textbf textrm textit textsf textnormal operatorname mathsf".split(), r"\text"),
-    **dict.fromkeys("le leq leqslant leqq".split(), "≤"), **dict.fromkeys("ge geq geqslant geqq".split(), "≥"),
-    **dict.fromkeys("ne neq".split(), "≠"), **dict.fromkeys("approx simeq doteq".split(), "≈"),
-    **dict.fromkeys("cdot times ast".split(), "*"), **dict.fromkeys("emptyset varnothing".split(), "∅"),
-    **dict.fromkeys("mid vert lvert rvert".split(), "|"), **dict.fromkeys("setminus backslash".split(), "∖"),
-    **dict.fromkeys("dots ldots cdots dotsc".split(), "..."), **dict.fromkeys("land wedge".split(), r"\text{and}"),
-    **dict.fromkeys("lor vee".split(), r"\text{or}"), **dict.fromkeys("circ degree".split(), "°"),
-    "lt": "<", "gt": ">", "div": "÷", "pm": "±", "mp": "∓", "in": "∈", "cup": "∪", "cap": "∩", "infty": "∞", "pi": "π",
-    "equiv": "≡", "colon": ":", "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[", "rbrack": "]", "prime": "'",
-    "varepsilon": r"\epsilon", "varphi": r"\phi", "vartheta": r"\theta", "arcctg": r"\arccot", "tg": r"\tan",
+PLAIN = re.compile(  # -5, 1,234.5, .5, and with a decimal comma 1,50 and 0,125
+    r"([-+]?)(?=\.?\d)(?:(\d{1,300})|(\d{1,3}(?:,\d{3}){1,99}))?(?:\.(\d{0,300})|,(\d\d)|(?<=\b0),(\d{3,99}))?", re.ASCII
+)
+SPELLINGS = {  # the one spelling that the parser knows: LaTeX commands that mean the same
+    "": "left right bigl bigr Bigl Bigr biggl biggr Biggl Biggr big Big bigg Bigg displaystyle textstyle limits rm bf it "
+    "mathbf boldsymbol bm mathit boxed middle large Large LARGE huge Huge small underline bold pmb tt ensuremath",
+    " ": "enspace thinspace", r"\frac": "dfrac tfrac cfrac", r"\binom": "dbinom tbinom",
+    r"\text": "mbox hbox mathrm textbf textrm textit textsf textnormal operatorname mathsf", "≤": "le leq leqslant leqq",
+    "≥": "ge geq geqslant geqq", "≠": "ne neq", "≈": "approx simeq doteq", "*": "cdot times ast",
+    "∅": "emptyset varnothing", "|": "mid vert lvert rvert", "∖": "setminus smallsetminus backslash",
+    "...": "dots ldots cdots dotsc",
+    "°": "circ degree", "<": "lt", ">": "gt", "÷": "div", "±": "pm",
+    "∓": "mp", "∈": "in", "∩": "cap", "∞": "infty", "π": "pi", "≡": "equiv", ":": "colon", r"\{": "lbrace",
+    r"\}": "rbrace", "[": "lbrack", "]": "rbrack", "'": "prime", r"\epsilon": "varepsilon", r"\phi": "varphi",
+    r"\theta": "vartheta", r"\tan": "tg", r"\arctan": "arctg", "∪": "cup bigcup",
 }  # fmt: skip
-CHARACTERS = {
-    **dict(zip("−–×·⋅∙∗⁢﹣", "--*****\u200b-")), **dict(zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", (rf"\frac{{{a}}}{{{b}}}" for a, b in (
-        (1, 2), (1, 3), (2, 3), (1, 4), (3, 4), (1, 5), (2, 5), (3, 5), (4, 5), (1, 6), (5, 6), (1, 8), (3, 8), (5, 8),
-        (7, 8))))),
-    **{c: rf"\{name} " for c, name in zip("αβγδθλμρσφωΔ", "alpha beta gamma delta theta lambda mu rho sigma phi omega "
-        "Delta".split())},
-    "≦": "≤", "≧": "≥", "⩽": "≤", "⩾": "≥", "º": "°", "∛": r"\sqrt[3]", "′": "'", "’": "'", "…": "...", "\u200b": "",
-    "\xa0": " ", "\u2009": " ", "\u202f": " ", "（": "(", "）": ")", "，": ",", "：": ":", "\ufeff": "", "~": " ",
-}  # fmt: skip
-TRANSLATION = str.maketrans(CHARACTERS)
-RAISED, LOWERED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+"), re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
-DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻₀₁₂₃₄₅₆₇₈₉", "0123456789+-0123456789")
+SPELLINGS = {command: spelling for spelling, commands in SPELLINGS.items() for command in commands.split()}
+CHARACTERS = dict(zip("−–×·⋅∙∗≦≧⩽⩾º′’~", "--*****≤≥≤≥°'' ")) | {"∛": r"\sqrt[3]"} | dict.fromkeys("\u200b\u2062\ufeff\0", "")
+CHARACTERS |= dict(zip("⌊⌋⌈⌉⟨⟩△∠", (rf"\{c} " for c in "lfloor rfloor lceil rceil langle rangle triangle angle".split())))
+CHARACTERS = str.maketrans(CHARACTERS | {"⁄": "/", "∶": ":", "Ø": "∅"})
+DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ₀₁₂₃₄₅₆₇₈₉ₙ", "0123456789+-n0123456789n")
+
+
+def vulgar_fraction(character: str) -> str:
+    x = Fraction(unicodedata.numeric(character)).limit_denominator(10)
+    return rf"\frac{{{x.numerator}}}{{{x.denominator}}}"
+
+
 CLEANERS = [  # (pattern, replacement), in this order
-    (r"(?<=[0-9])(?<!\b0) ?(?:, ?\\!|\{ ?, ?\}|\\,) ?(?=[0-9]{3}(?![0-9]))", ""),  # 1,\!234 10{,}000, but not 0{,}125
+    ("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda m: f"^{{{m[0].translate(DIGITS)}}}"),
+    ("[₀₁₂₃₄₅₆₇₈₉ₙ]+", lambda m: f"_{{{m[0].translate(DIGITS)}}}"),
+    ("[¼-¾⅐-⅞]", lambda m: vulgar_fraction(m[0])),
+    ("[α-ορ-ω]", lambda m: "\\" + unicodedata.name(m[0]).split()[-1].lower().replace("lamda", "lambda") + " "),
+    (r"\\(?:left|right) ?\.", " "),
+    (r"(, ?|\\text ?\{[^{}]*\} ?|^ ?)?(?:\\q?quad|\\enspace) *(?=(\\text|\\mbox|and |or |,|\\q?quad|$)?)",
+     lambda m: (m[1] or "") + (" " if m[1] is not None or m[2] is not None else ", ")),  # x=3 \quad y=4
     (r"\\\\ ?\[[-0-9. ]{1,9}[a-z]{2}\]", r"\\\\"),  # \\[2pt]
-    (r"(?<!\\)\\[,;:> ]", " "),
-    (r"(?<!\\)\\(?:!|$)", ""),
-    (r" ?\{ ?([:,]) ?\} ?", r"\1"),
+    (r"\\\\|\\([a-zA-Z]+)", lambda m: SPELLINGS.get(m[1], m[0])),
+    (r"\\\$", "\0"), (r"\$", " "), ("\0", "$"),  # money, to be told from the $ of math mode
+    (r"(?<!\\)\\[()\[\]]", ""), (r"\\%", "%"),
+    (r"(?<=[0-9])(?<!\b0) ?(?:, ?\\!|\{ ?, ?\}|\\,) ?(?=[0-9]{3}(?![0-9]))", ""),  # 1,\!234 10{,}000, but not 0{,}125
+    (r"(?<!\\)\\[,;:> ]", " "), (r"(?<!\\)\\(?:!|$)", ""), (r" ?\{ ?([:,]) ?\} ?", r"\1"), (r"\s+", " "),
     (r"(?<=[0-9]) ?[xX] ?(?=10 ?\^)", "*"),  # 6.02 x 10^23
     (r"(?<=[0-9)}])(and|or)(?=[0-9A-Z(-])", r" \1 "),
-    (r"^([-+]?[1-9][0-9]{0,2})((?: [0-9]{3})+)(?![0-9/])", lambda m: m[1] + m[2].replace(" ", "")),  # 1 000
-    (r" ?\^ ?(?:°|\{ ?° ?\})", "°"),
-    (r"\^ ?\{ ?('+) ?\}", r"\1"),
-    (r"^≈ ?|\\(?:text)?color ?\{[a-zA-Z]*\}", ""),
-    (r"^\*\*(.*)\*\*$", r"\1"),
+    (r"^ ?([-+]?[1-9][0-9]{0,2})((?: [0-9]{3})+)(?![0-9/])", lambda m: m[1] + m[2].replace(" ", "")),  # 1 000
+    (r" ?\^ ?(?:°|\{ ?° ?\})", "°"), (r"\^ ?\{ ?('+) ?\}", r"\1"),
+    (r"^ ?(?:≈|=|∴|⇒|\\(?:therefore|Rightarrow|implies)(?![a-zA-Z]))|\\(?:text)?color ?\{[a-zA-Z]*\}", ""),
+    (r"\\[hv]space ?\{[^{}]*\}", " "), (r"^ ?\\text ?\{[^{}]*(?:\bis|:) ?\}", ""),  # \text{The answer is }15
+    (r"([0-9]+) ?° ?([0-9]+) ?'(?: ?([0-9.]+) ?'')?", r"(\1+\2/60+0\3/3600)°"),
+    (r"(?:\{\})?[_^] ?\{?([0-9]+)\}? ?C_ ?\{?([0-9]+)\}?", r"\\binom{\1}{\2}"),
+    (r"\( ?(?:\\text ?\{ ?mod ?\}|\\[bp]?mod|mod) ?\{? ?([0-9]+) ?\}? ?\)", r"\\pmod{\1}"),
+    (r"\blog(2|10)\(", r"\\log_{\1}("), (r"\^ ?\((-?[0-9]+)\)", r"^{\1}"),
+    (r"\\begin ?\{(cases|aligned|gathered|split)\}(.*)\\end ?\{\1\}", lambda m: m[2].replace("&", "").replace(r"\\", ",")),
+    (r"^ ?\*\*(.*)\*\* ?$", r"\1"),
     (r" ?\\text ?\{ ?to ?\} ?|(?<=[0-9]) to (?=[0-9])", ":"),
-    (r"(^|[(,\[] ?)([-+]) ?([$€£]) ?", r"\1\3\2"),
-    (r"<=", "≤"), (r">=", "≥"), (r"!=", "≠"), (r"\*\*", "^"), (r"\+/-", "±"),
-    (r"\\mathbb ?\{? ?R ?\}?", "ℝ"),
-    (r"\\text ?\{ ?", r"\\text{"),
-    (r"([\^_]) ?([0-9a-zA-Z])(?![0-9])", r"\1{\2}"),
-    (r"\\sqrt ?([0-9])(?![0-9])", r"\\sqrt{\1}"),
-    (r"\\frac ?([0-9]) ?([0-9])(?![0-9])", r"\\frac{\1}{\2}"),
+    (r"(^ ?|[(,\[] ?)([-+]) ?([$€£]) ?", r"\1\3\2"),  # -$5
+    (r"<=", "≤"), (r">=", "≥"), (r"!=", "≠"), (r"\*\*", "^"), (r"\+/-", "±"), (r"\\mathbb ?\{? ?R ?\}?", "ℝ"),
+    (r"ℝ ?[-\\] ?(?=\\\{)", "ℝ∖"),
+    (r"\\text ?\{ ?", r"\\text{"), (r"([\^_]) ?([0-9a-zA-Z])(?![0-9]|\.[0-9])", r"\1{\2}"),
 ]  # fmt: skip
 CLEANERS = [(re.compile(pattern), replacement) for pattern, replacement in CLEANERS]
 TEXT = re.compile(r"\\text\{([^{}]*)\}")
-BLANK = re.compile(r"(?<![0-9,]) | (?![0-9])")  # "1 2" is not 12, "1, 234" not 1,234
-WORDS = re.compile(r"\\text\{[^{}]*\}|[a-zA-Z][a-z]{2,}")
+BLANK = re.compile(r"(?<![0-9,]) | (?![0-9.])")  # "1 2" is not 12, "1, 234" not 1,234
+WORDS = re.compile(r"\\text\{[^{}]*\}|[a-zA-Z][a-z]{2,}|(?i:no)")
 
 
 def plain_number(answer: str) -> int | Fraction | None:
     """-1,234.50 -> Fraction(-2469, 2), the commonest kind of answer by far; None for anything else."""
     match = PLAIN.fullmatch(answer)
-    if not match or len(answer) < 3 and not any(c.isdigit() for c in answer):
+    if not match:
         return None
     sign, digits, grouped, *decimals = match.groups()
-    x = int(digits or (grouped or "0").replace(",", ""))
-    if decimals := next(filter(None, decimals), ""):
-        x = simple(x + Fraction(int(decimals), 10 ** len(decimals)))
+    x, decimals = int(digits or (grouped or "0").replace(",", "")), next(filter(None, decimals), "")
+    x = simple(x + Fraction(int(decimals), 10 ** len(decimals))) if decimals else x
     return -x if sign == "-" else x
 
 
 def clean(answer: str) -> str:
     """One spelling for each LaTeX notation. Blanks are kept, single: "1, 234" is not 1,234."""
-    answer = RAISED.sub(lambda m: f"^{{{m[0].translate(DIGITS)}}}", answer.translate(TRANSLATION))
-    answer = LOWERED.sub(lambda m: f"_{{{m[0].translate(DIGITS)}}}", answer)
-    if "\\" in answer or "$" in answer:
-        if "\\\\" in answer and "\\begin" not in answer:
-            answer = re.sub(r"\\\\(?=[a-zA-Z{}])", r"\\", answer)  # escaped twice, as in JSON
-        answer = re.sub(r"\\(?:left|right) ?\.|\\q?quad", " ", answer)
-        answer = re.sub(r"\\\\|\\([a-zA-Z]+)", lambda m: SPELLINGS.get(m[1], m[0]) if m[1] else m[0], answer)
-        answer = answer.replace(r"\$", "\0").replace("$", "").replace("\0", "$")
-        answer = re.sub(r"(?<!\\)\\[()\[\]]", "", answer).replace(r"\%", "%")
-    answer = " ".join(answer.split())
+    answer = unicodedata.normalize("NFC", answer).translate(CHARACTERS)
+    if "\\\\" in answer and "\\begin" not in answer:
+        answer = re.sub(r"\\\\(?=[a-zA-Z{}])", r"\\", answer)  # escaped twice, as in JSON
     for pattern, replacement in CLEANERS:
         answer = pattern.sub(replacement, answer)
-    answer = " ".join(answer.split())
+    answer = answer.strip()
     return answer if answer.endswith("..") else answer.removesuffix(".").rstrip()
 
 
 def same_string(a: str, b: str) -> bool:
     r"""Equal but for blanks, \text, the brackets of a choice (A) and the case of words? In math x is not X."""
-    words = bool(WORDS.fullmatch(a)) + bool(WORDS.fullmatch(b))
+    words = sum(bool(WORDS.fullmatch(s)) and not is_product(s.capitalize()) for s in (a, b))
     a, b = (re.sub(r"^\(([a-zA-Z])\)$", r"\1", BLANK.sub("", TEXT.sub(r"\1", s)).removesuffix(".")) for s in (a, b))
-    return a == b or (a.casefold() == b.casefold() and (words == 2 or (words == 1 and len(a) > 1)))
+    return a == b or (a.casefold() == b.casefold() and (words == 2 or (words and len(a) >= 3)))
 
 
 # ------------------------------------------------------------------------------------------------ parser
@@ -264,27 +282,34 @@ class Unparsed(Exception):
     """The answer is not understood entirely, or is too large to be computed with."""
 
 
-FUNCTIONS = set("sin cos tan cot sec csc sinh cosh tanh coth sech csch exp ln log lg min max gcd lcm".split())
-FUNCTIONS |= set("arcsin arccos arctan arccot arcsec arccsc".split())
-GREEK = set("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau phi chi psi omega".split())
-GREEK |= set("Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell triangle".split())
-CONSTANTS = {"π", "e", "i"}
-PLAIN_WORDS = {"sqrt": r"\sqrt", "pi": "π", "infinity": "∞", "infty": "∞", "inf": "∞", "oo": "∞", "union": "∪", "U": "∪"}
-SHORT_UNITS = set("cm mm km kg mg ml mL ft mi hr lb oz in yd pm am mph cc sq".split())
+FUNCTIONS = set(
+    "sin cos tan cot sec csc sinh cosh tanh coth sech csch arcsin arccos arctan arccot arcsec arccsc exp ln log lg min max "
+    "gcd lcm abs".split()
+)
+GREEK = set(
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau phi chi psi omega Gamma Delta "
+    "Theta Lambda Xi Pi Sigma Phi Psi Omega ell triangle".split()
+)
+CONSTANTS = ("π", "e", "i")
+PLAIN_WORDS = {"sqrt": r"\sqrt", "pi": "π", "infinity": "∞", "infty": "∞", "inf": "∞", "oo": "∞", "Infinity": "∞", "U": "∪"}
+PLAIN_WORDS |= {"union": "∪", "atan": r"\arctan", "asin": r"\arcsin", "acos": r"\arccos"}
+SHORT_WORDS = {"no", "No", "of", "is", "to", "on", "if", "we", "he"}  # but ax + by
+SHORT_UNITS = set("cm mm km kg mg ml mL ft mi hr hrs lb lbs pts oz in yd pm am mph cc sq".split())
 UNIT_LETTERS = set("ghlmsLNJWVKFCA")  # 5\text{ m} is a length, 5\text{ x} a product
-RELATIONS = "=<>≤≥≠≈≡∈"
+RELATIONS = tuple("=<>≤≥≠≈≡∈")
 CLOSING = {"(": ")", "[": "]", r"\{": r"\}", "{": "}", r"\langle": r"\rangle", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
-INFIX = {r"\pmod", r"\bmod", r"\choose", r"\over"}  # commands that no factor begins with
-ACCENTS = "overline|bar|vec|hat|widehat|overrightarrow|overarc|tilde|mathcal|mathbb|mathfrak"
+UNORDERED, INTERVALS = ("", r"\{\}", "{}"), ("()", "[)", "(]", "[]")  # brackets of lists and sets, and of intervals
+INFIX = (r"\pmod", r"\bmod", r"\choose", r"\over")  # commands that no factor begins with
 TOKEN = re.compile(
-    rf"""(?P<blank>[ ]+)
-    |(?P<repeating>[0-9]*\.[0-9]*\\(?:overline|bar|dot)[ ]?(?:\{{[0-9]+\}}|[0-9])|[0-9]*\.\([0-9]+\)|[0-9]*\.[0-9]+[ ]?\.\.\.)
+    r"""(?P<blank>[ ]+)
+    |(?P<repeating>[0-9]*\.[0-9]*\\(?:overline|bar|dot)[ ]?(?:\{[0-9]+\}|[0-9])|[0-9]*\.\([0-9]+\)|[0-9]*\.[0-9]+[ ]?\.\.\.)
     |(?P<number>(?:[0-9]+(?:,[0-9]+)*(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+(?![0-9]*[a-zA-Z]))?)
-    |\\text\{{(?P<text>(?:[^{{}}]|\{{[^{{}}]*\}})*)\}}
-    |(?P<environment>\\(?:begin|end)[ ]?\{{[a-zA-Z]+\*?\}})(?:[ ]?\{{[clr| ]*\}})?
-    |(?P<name>(?:\\(?:{ACCENTS})|\\angle|∠)[ ]?(?:\{{[^{{}}]+\}}|[a-zA-Z]+)|\.\.\.)
+    |\\text\{(?P<text>(?:[^{}]|\{[^{}]*\})*)\}
+    |(?P<environment>\\(?:begin|end)[ ]?\{[a-zA-Z]+\*?\})(?:[ ]?\{[clr| ]*\})?
+    |(?P<name>\\(?:overline|bar|vec|hat|widehat|overrightarrow|overarc|tilde|mathcal|mathbb|mathfrak)[ ]?\{[^{}]+\}
+        |(?:\\angle|∠|\\vec|\\hat|\\bar)[ ]?[a-zA-Z]+|\.\.\.)
     |(?P<word>[a-zA-Z]+)
-    |(?P<symbol>\\[a-zA-Z]+|\\[{{}}|\\]|.)""",
+    |(?P<symbol>\\[a-zA-Z]+|\\[{}|\\]|.)""",
     re.VERBOSE,
 )
 
@@ -294,50 +319,58 @@ def tokenize(answer: str) -> list[tuple[str, object, bool]]:
     tokens, depth, blank = [], 0, False
     for match in TOKEN.finditer(answer):
         kind, token = match.lastgroup, match[0]
-        if kind == "blank":
-            blank = True
-            continue
         last, before = tokens[-1] if tokens else ("", ""), tokens[-2] if len(tokens) > 1 else ("", "")
-        measured = last[0] in ("number", "value") or last[1] in (")", "}", "°") or (last[1] == "/" and before[0] == "text")
+        per = last[1] == "/" and before[0] == "text"
+        measured = per or last[0] in ("number", "value") or last[1] in (")", "}", "°", "π")
         if kind == "number":
             groups = token.split(",")
             thousands = len(groups[0]) <= 3 and groups[0] != "0" and all(re.match(r"\d{3}(\D|$)", g) for g in groups[1:])
-            if thousands and depth == 0:  # in (1,234) the comma separates
+            if thousands and (depth == 0 or any(g[0] == "0" for g in groups[1:])):  # in (1,234) the comma separates
                 groups = ["".join(groups)]
             for i, group in enumerate(groups):
                 tokens += [("symbol", ",", False)] * (i > 0) + [("number", group, blank and i == 0)]
         elif kind == "repeating":
             tokens.append(("value", repeating_decimal(token), blank))
         elif kind == "environment":
-            tokens.append(("symbol", match["environment"].replace(" ", "").replace("*", ""), blank))
+            tokens.append(("symbol", re.sub("[ *]", "", match["environment"]), blank))
         elif kind == "name":
-            tokens.append(("variable", re.sub(r"[ {}]", "", token), blank))
+            tokens.append(("variable", re.sub("[ {}]", "", token), blank))
         elif kind == "symbol":
             depth += 0 if token in "{}" else (token in CLOSING) - (token in CLOSING.values())
             tokens.append(("symbol", token, blank))
-        else:
+        elif kind in ("text", "word"):
             words = match["text"].strip() if kind == "text" else token
+            formula = kind == "text" and re.fullmatch(r"[^a-zA-Z\\]*[a-zA-Z]?[^a-zA-Z\\]*", words)  # \text{(A)}, \text{5}
             if words.strip(" ,") in ("and", "or"):
                 tokens.append(("symbol", words.strip(" ,"), blank))
+            elif words in ("min", "sec") and (measured or last[0] == "text") and answer[match.end() :][:1] not in ("(", "{"):
+                tokens.append(("text", words, blank))
             elif words in FUNCTIONS or words in PLAIN_WORDS:
                 tokens.append(("symbol", PLAIN_WORDS.get(words, "\\" + words), blank))
             elif kind == "text" and "," in words:
                 tokens += tokenize(",".join(rf"\text{{{word}}}" for word in words.split(",")))
-            elif kind == "text" and re.fullmatch(r"[^a-zA-Z\\]*[a-zA-Z]?[^a-zA-Z\\]*", words) and not (
-                measured and words in UNIT_LETTERS
+            elif formula and not (measured and words in UNIT_LETTERS):
+                tokens += tokenize(words)
+            elif kind == "text" and not tokens and words[:1].isdigit():  # \text{15 apples}
+                tokens += tokenize(words)
+            elif re.fullmatch("d[xyzt]", words):
+                tokens.append(("variable", words, blank))
+            elif kind == "word" and is_product(words) and not (
+                per or (measured and words in SHORT_UNITS) or (last[0] == "text" and len(words) > 1)
             ):
-                tokens += tokenize(words)  # \text{(A)}, \text{5}, \text{e}
-            elif kind == "word" and is_product(words) and not (measured and words in SHORT_UNITS):
                 tokens += [("variable", letter, blank and i == 0) for i, letter in enumerate(words)]
             elif words:
                 tokens.append(("text", words, blank))
-        blank = False
+        blank = kind == "blank"
     return tokens
 
 
 def is_product(word: str) -> bool:
-    """Are these letters a product, as xy, abc or AB are? A longer word is one only in alphabetical order: dog is none."""
-    return len(word) <= 2 or (len(word) <= 4 and (word.isupper() or list(word) == sorted(word)))
+    """Are these letters a product, as xy, abc or AB are? Longer words are none: hot is no h*o*t."""
+    if len(word) <= 2:
+        return word not in SHORT_WORDS
+    alphabetical = list(word) == sorted(word) and not (set(word) & set("aeiou") and word not in "abcdefghijklmnopqrstuvwxyz")
+    return len(word) <= 4 and (word.isupper() or alphabetical)
 
 
 def to_number(text: str) -> int | Fraction:
@@ -365,8 +398,8 @@ def simple(x: Fraction) -> int | Fraction:
 
 
 class Parser:
-    """Recursive descent. Nodes are numbers (int, Fraction) or tuples (kind, ...) of strings and nodes; each method reads
-    what it is named after. Whatever is left over at the end makes the whole answer Unparsed."""
+    """Recursive descent; each method reads what it is named after. Nodes are numbers (int, Fraction) or tuples (kind, ...)
+    of strings and nodes. Lists are ("seq", brackets, ...): "" for none, "{}" for braces that TeX would not print."""
 
     def __init__(self, answer: str):
         self.tokens, self.i, self.depth = tokenize(answer), 0, 0
@@ -412,16 +445,20 @@ class Parser:
         if {",", ";"} <= separators:
             nodes = [("seq", "()", *group) if len(group) > 1 else group[0] for group in groups]
         elif len(nodes) > 1 and all(kind_of(node) == "order" for node in nodes):
+            if separators >= {"and", "or"}:
+                raise Unparsed("and, or both?")
             unequal = all("≠" in node for node in nodes)
             if unequal or separators in ({"and"}, {"or"}):
                 return ("∩" if unequal or separators == {"and"} else "∪", *nodes)
-        return ("list", *nodes) if len(nodes) > 1 else nodes[0]
+        return ("seq", "", *nodes) if len(nodes) > 1 else nodes[0]
 
     def relation(self):
         """a, a <= b < c, x in S, a = b = c, of which the last counts: with a name before it, it is ("named", a, c)."""
         members, signs = [self.union()], []
-        while self.sees(*RELATIONS):
-            signs.append(self.expect(*RELATIONS))
+        while sign := self.accept(*RELATIONS):
+            if signs and self.peek(-2)[0] == "variable" and self.peek(-2)[2] and self.peek(-3)[0] == "number":
+                raise Unparsed("two equations side by side")  # x=3\ y=4
+            signs.append(sign)
             members.append(self.union())
         first, last = members[0], members[-1]
         if not signs:
@@ -429,18 +466,23 @@ class Parser:
         if set(signs) <= set("<>≤≥≠"):
             return ("order", first, *(x for pair in zip(signs, members[1:]) for x in pair))
         if "≈" in signs:  # of x = 1/3 ≈ 0.33 the exact value counts
-            last, signs = members[max(signs.index("≈"), 1)], ["="]
+            i = signs.index("≈")
+            last, signs = members[i if i or not is_name(first) else 1], ["="]
         if not set(signs) <= {"=", "≡"} and signs != ["∈"]:
             raise Unparsed("a mixture of relations")
+        if signs == ["∈"] and kind_of(last) not in ("seq", "∪", "∩", "∖", "ℝ"):
+            raise Unparsed("in what?")
+        if is_list(last, "{}") and signs == ["∈"]:
+            last = ("seq", r"\{\}", *last[2:])
+        if kind_of(last) == "matrix" and kind_of(first) != "matrix":
+            return last  # A^{-1} = ...
         if kind_of(first) == kind_of(last) == "seq" and len(first) == len(last) and is_name(first):
             return ("seq", first[1], *(("named", x, y) for x, y in zip(first[2:], last[2:])))  # (x, y) = (1, 2)
         if is_name(first):
             return ("named", first, last)
         if is_name(last) and signs == ["="]:
             return ("named", last, first)
-        if len(signs) > 1 or not variables(first) | variables(last):
-            return last
-        return ("equation", first, last)
+        return last if len(signs) > 1 or not variables(first) | variables(last) else ("equation", first, last)
 
     def union(self):
         node = self.ratio()
@@ -458,16 +500,18 @@ class Parser:
 
     def quantity(self):
         """A sum and its unit: $5, 5 cm^2, 12 square inches, 3 (mod 7)."""
-        unit = [symbol] if (symbol := self.accept("$", "€", "£")) else []
+        unit, modulus = [symbol] if (symbol := self.accept("$", "€", "£")) else [], ""
         node = self.sum()
-        while self.peek()[0] == "text" or self.sees("$", "€", "£", "/", r"\pmod"):
-            unit.append(str(self.peek()[1]))
+        while self.peek()[0] == "text" or self.sees("$", "€", "£", "/", r"\pmod") or (self.sees("*") and unit):
             self.i += 1
-            if unit[-1] == r"\pmod":
-                unit.append(str(self.atom()))
+            if self.peek(-1)[1] == r"\pmod":
+                modulus = f"mod {self.atom()}"
+            else:
+                unit.append(str(self.peek(-1)[1]))
             if self.accept("^"):
                 unit.append(f"^{self.argument()}")
-        return ("unit", node, canonical_unit(unit)) if unit else node
+        node = ("unit", node, canonical_unit(unit)) if unit else node
+        return ("unit", node, modulus) if modulus else node
 
     def sum(self):
         terms = []
@@ -475,15 +519,14 @@ class Parser:
             negative = False
             while sign := self.accept("+", "-"):
                 negative ^= sign == "-"
-            term = self.product()
-            terms.append(times(-1, term) if negative else term)
+            terms.append(times(-1, self.product()) if negative else self.product())
         return plus(*terms)
 
     def product(self):
-        """Factors, side by side or not. 3\\frac12 and 3 1/2 are mixed numbers; 3 5 is nothing."""
-        node, start = self.power(), self.i - 1
+        r"""Factors, side by side or not. 3\frac12 and 3 1/2 are mixed numbers; 3 5 is nothing."""
+        node, start = self.power(), self.i
         while True:
-            last, whole = self.peek(-1), self.i - 1 == start and type(node) is int and self.peek(-1)[0] == "number"
+            last, whole = self.peek(-1), self.i == start and type(node) is int and self.peek(-1)[0] == "number"
             if self.accept("*"):
                 node = times(node, self.signed())
             elif self.accept(r"\bmod"):
@@ -491,7 +534,7 @@ class Parser:
             elif self.sees("/", "÷") and self.peek(1)[0] != "text":
                 self.i += 1
                 node = ("/", node, self.signed())
-            elif self.peek()[0] == "number" and last[1] in ("!", ")", "i", "π"):
+            elif self.peek()[0] == "number" and last[1] in ("!", ")", "i", "π", "}" if self.peek(1)[1] == "^" else ")"):
                 node = times(node, self.power())
             elif self.peek()[0] == "number":
                 top, slash, bottom = self.peek(), self.peek(1)[1], self.peek(2)
@@ -500,8 +543,10 @@ class Parser:
                 self.i += 3
                 node = mixed(node, ("/", to_number(top[1]), to_number(bottom[1])))
             elif self.starts_factor():
-                fraction, factor = self.sees(r"\frac"), self.power()
-                node = mixed(node, factor) if whole and fraction and is_proper(factor) else times(node, factor)
+                fraction, factor = self.sees(r"\frac") and last[0] == "number", self.power()
+                if fraction and is_proper(factor) and not whole:
+                    raise Unparsed("a mixed number, or a product?")
+                node = mixed(node, factor) if fraction and is_proper(factor) else times(node, factor)
             elif sign := self.accept("%", "°"):
                 node = (sign, node)
             else:
@@ -513,7 +558,7 @@ class Parser:
             return kind in ("variable", "value") or (value == "|" and not self.bars)
         if value[0] == "\\" and len(value) > 2:
             return value not in INFIX and value not in CLOSING.values() and not value.startswith(r"\end")
-        return value in CONSTANTS or value in "([{√"
+        return value in (*CONSTANTS, "(", "[", "{", "√")
 
     def signed(self):
         return times(-1, self.signed()) if self.accept("-") else self.power()
@@ -532,6 +577,8 @@ class Parser:
                 braces and self.expect("}")
             else:
                 node = ("^", node, self.argument(whole=True))
+                if self.sees("^"):
+                    raise Unparsed("a power of a power")
         return node
 
     def argument(self, whole: bool = False):
@@ -550,30 +597,27 @@ class Parser:
         if self.depth > MAX_DEPTH:
             raise Unparsed("nested too deeply")
         outside, self.bars = self.bars, opened == r"\{"
-        node = self.items()
+        node, condition = self.items(), None
         if opened == "{" and (symbol := self.accept(r"\over", r"\choose")):
             node = ("/", node, self.items()) if symbol == r"\over" else ("fn", "binom", node, self.items())
         self.bars = False
         if opened == r"\{" and self.accept(":", "|"):
-            name, node = node, self.items()
+            name, condition = node, self.items()
             if kind_of(name) == "named":  # {x in R : ...}
-                name, node = name[1], node if name[2] == ("ℝ",) else ("∩", name[2], node)
-            if not is_name(name) or name not in names_in(node):
+                name, condition = name[1], condition if name[2] == ("ℝ",) else ("∩", name[2], condition)
+            if not is_name(name) or name not in names_in(condition):
                 raise Unparsed("not a set")
-        else:
-            name = None
-        closed = self.expect(*(")", "]") if opened in "([" else (CLOSING[opened],))
+            condition = substitute(condition, name, BOUND)
+        closed = self.expect(*(")", "]") if opened in ("(", "[") else (CLOSING[opened],))
         self.bars, self.depth = outside, self.depth - 1
-        if name is not None:
-            return node
-        items = node[1:] if kind_of(node) == "list" else (node,)
-        if opened == r"\{":
-            return ("set", *items)
-        if len(items) == 1:
-            if CLOSING[opened] != closed:
-                raise Unparsed("brackets do not match")
-            return ("fn", opened, node) if opened in (r"\lfloor", r"\lceil") else node
-        return ("seq", "()" if opened == r"\langle" else opened + closed, *items)
+        if condition is not None:
+            return condition
+        items = node[2:] if is_list(node, "") else (node,)
+        if opened == r"\{" or len(items) > 1:
+            return ("seq", "()" if opened == r"\langle" else opened + closed, *items)
+        if CLOSING[opened] != closed:
+            raise Unparsed("brackets do not match")
+        return ("fn", opened, node) if opened in (r"\lfloor", r"\lceil") else node
 
     def atom(self):
         kind, value, _ = self.peek()
@@ -582,32 +626,28 @@ class Parser:
             return value
         if kind == "number":
             return ("based", value.lstrip("0"), str(self.argument(whole=True))) if self.accept("_") else to_number(value)
-        if kind == "variable":
-            return self.variable(value)
         if kind == "text":
             if self.i > 1 and self.peek(-2)[1] not in (*RELATIONS, ",", "and", "or", "(", r"\{"):
                 raise Unparsed("a word in an expression")
-            return ("text", " ".join(re.findall(r"\w+", value.casefold())))
-        if kind == "end":
-            raise Unparsed("unfinished")
+            return text_node(value)
+        if kind == "variable" or value[1:] in GREEK:
+            return self.variable(value)
         if value == r"\{" and self.accept(r"\}"):
-            return ("set",)
+            return ("seq", r"\{\}")
         if value in CLOSING:
             return self.group(value)
         if value in ("|", r"\|"):
             outside, self.bars = self.bars, True
-            node = self.items()
-            self.expect(value)
+            node = (self.items(), self.expect(value))[0]
             self.bars = outside
             return ("fn", "abs", node)
-        if value in CONSTANTS or value == "∞":
+        if value in (*CONSTANTS, "∞"):
             return ("constant", value)
-        if value in "∅ℝ":
-            return ("set",) if value == "∅" else ("ℝ",)
-        if value == r"\frac":
-            return ("/", self.argument(), self.argument())
-        if value == r"\binom":
-            return ("fn", "binom", self.argument(), self.argument())
+        if value in ("∅", "ℝ"):
+            return ("seq", r"\{\}") if value == "∅" else ("ℝ",)
+        if value in (r"\frac", r"\binom"):
+            pair = self.argument(), self.argument()
+            return ("/", *pair) if value == r"\frac" else ("fn", "binom", *pair)
         if value == "√":
             return ("fn", "root", 2, self.power() if self.sees("(") else self.argument(whole=True))
         if value == r"\sqrt":
@@ -617,20 +657,18 @@ class Parser:
             return ("fn", "root", index, self.argument())
         if value[1:] in FUNCTIONS:
             return self.function(value[1:])
-        if value in (r"\sum", r"\prod", r"\int"):
+        if value in (r"\sum", r"\prod"):
             return self.big_operator(value)
         if value.startswith(r"\begin"):
             return self.matrix(value[7:-1])
-        if value[1:] in GREEK:
-            return self.variable(value)
-        raise Unparsed(f"unexpected {value!r}")
+        raise Unparsed(f"unexpected {value!r}" if value else "unfinished")
 
     def variable(self, name: str):
         r"""x, V_{\text{max}}; values of unknown functions: f(x), f^{-1}(x), x', and x_1 or a_{n+1} by their index."""
         if self.accept("_"):
             braces = self.sees("{")
             kind, text, _ = self.peek(int(braces))
-            if kind != "text":
+            if kind != "text" and text not in (r"\max", r"\min"):
                 return ("call", name + "_", self.argument(whole=True))
             name += "_" + text
             self.i += 3 if braces else 1
@@ -641,7 +679,7 @@ class Parser:
             self.i += 5
             name += "^{-1}"
         # W(n) = 1 defines a function; elsewhere only some letters before a bracket are one, and the others factors.
-        defined = following[2:3] == [")"] and following[3:4] and following[3] in RELATIONS
+        defined = following[2:3] == [")"] and (self.peek(1)[0] == "number" or following[3:4] and following[3] in RELATIONS)
         if self.sees("(") and (name[0] in "fghFGHP" or name[-1] == "'" or defined):
             self.i += 1
             return ("call", name, *arguments(self.group("(")))
@@ -667,7 +705,9 @@ class Parser:
                 argument = times(argument, self.power())
             argument = times(-1, argument) if negative else argument
         argument = ("°", argument) if self.accept("°") else argument
-        if name == "lg" or (name == "log" and base is not None):
+        if base is not None and name != "log":
+            raise Unparsed(f"the index of {name}")
+        if name == "lg" or base is not None:
             node = ("/", ("fn", "ln", argument), ("fn", "ln", 10 if name == "lg" else base))
         elif exponent == -1 and "arc" + name in FUNCTIONS:
             return ("fn", "arc" + name, argument)
@@ -676,15 +716,11 @@ class Parser:
         return node if exponent is None else ("^", node, exponent)
 
     def big_operator(self, name: str):
-        low = high = None
+        limits = {"_": 0, "^": 0}
         while symbol := self.accept("_", "^"):
-            if symbol == "_":
-                low = self.argument(whole=True)
-            else:
-                high = self.argument(whole=True)
-        if name == r"\int":  # equal only if its parts are
-            return ("call", name, low or 0, high or 0, self.product())
-        if kind_of(low) != "named" or kind_of(low[1]) not in ("variable", "constant") or high is None:
+            limits[symbol] = self.argument(whole=True)
+        low, high = limits.values()
+        if kind_of(low) != "named" or kind_of(low[1]) not in ("variable", "constant"):
             raise Unparsed("a sum over what?")
         return ("big", name, low[1], low[2], high, self.product())
 
@@ -730,13 +766,15 @@ def variables(node) -> set:
 
 
 def is_name(node) -> bool:
-    r"""May this stand before "=" as the name of a value? x, x_1, f(x), AB, |AB|, (x, y), \sin A, AB/CD, but not 2x or x+y."""
+    r"""May this stand before "=" as a value's name? x, x_1, f(x), AB, |AB|, (x, y), \sin A, AB/CD, but not 2x or x+y."""
     kind = kind_of(node)
     if kind in ("variable", "call", "text") or node in (("constant", "i"), ("constant", "e")):
         return True
     if kind in ("*", "/"):
         return all(is_name(n) and not (kind_of(n) == "variable" and n[1][0].islower()) for n in children(node))
-    return kind in ("ratio", "seq", "fn", "'", "°") and all(map(is_name, children(node)))
+    if kind == "fn":
+        return all(is_name(n) and all(v[1][:1].isupper() or v[1][0] == "\\" for v in variables(n)) for n in children(node))
+    return kind in ("ratio", "seq", "'") and all(map(is_name, children(node)))
 
 
 def names_in(node) -> set:
@@ -744,8 +782,16 @@ def names_in(node) -> set:
     return {node} if is_name(node) else set().union(*map(names_in, children(node)))
 
 
+def is_list(node, *brackets: str) -> bool:
+    return kind_of(node) == "seq" and node[1] in (brackets or UNORDERED)
+
+
 def arguments(node) -> tuple:
     return node[2:] if kind_of(node) == "seq" else (node,)
+
+
+def exact(x) -> bool:
+    return isinstance(x, (int, Fraction))
 
 
 def mixed(whole: int, fraction):
@@ -755,8 +801,7 @@ def mixed(whole: int, fraction):
 
 
 def is_proper(fraction) -> bool:
-    _, top, bottom = fraction
-    return type(top) is int and type(bottom) is int and 0 < top < bottom
+    return kind_of(fraction) == "/" and type(fraction[1]) is type(fraction[2]) is int and 0 < fraction[1] < fraction[2]
 
 
 def matrix(rows):
@@ -784,13 +829,10 @@ def times(x, y):
             raise Unparsed("matrices of these shapes have no product")
         return matrix([[plus(*map(times, row, column)) for column in zip(*rows_y)] for row in rows_x])
     if rows_x or rows_y:
-        scalar = y if rows_x else x
-        return matrix([[times(scalar, cell) for cell in row] for row in rows_x or rows_y])
+        return matrix([[times(y if rows_x else x, cell) for cell in row] for row in rows_x or rows_y])
     if x == -1 and exact(y):
         return -y
-    if x == -1 and kind_of(y) in ("unit", "%", "°"):
-        return (y[0], times(-1, y[1]), *y[2:])
-    return ("*", x, y)
+    return (y[0], times(-1, y[1]), *y[2:]) if x == -1 and kind_of(y) in ("unit", "%", "°") else ("*", x, y)
 
 
 def determinant(rows):
@@ -802,29 +844,34 @@ def determinant(rows):
     return plus(*(times((-1) ** j, times(rows[0][j], determinant(minor))) for j, minor in enumerate(minors)))
 
 
-UNIT_NAMES = {  # spelling -> unit; a plural s is taken off first
-    "percent": "%", "percentage": "%", "pct": "%", "dollar": "$", "usd": "$", "buck": "$", "euro": "€", "cent": "¢",
-    "degree": "°", "deg": "°", "centimeter": "cm", "centimetre": "cm", "millimeter": "mm", "millimetre": "mm", "meter": "m",
-    "metre": "m", "kilometer": "km", "kilometre": "km", "inche": "in", "inch": "in", "foot": "ft", "feet": "ft", "yard": "yd",
-    "mile": "mi", "gram": "g", "kilogram": "kg", "milligram": "mg", "liter": "l", "litre": "l", "milliliter": "ml",
-    "ounce": "oz", "lb": "pound", "hr": "hour", "h": "hour", "min": "minute", "sec": "second", "s": "second",
-    "sq": "square", "people": "person", "men": "man", "women": "woman", "children": "child",
+UNIT_NAMES = {  # unit: its spellings, without a plural s
+    "%": "percent percentage pct", "$": "dollar usd buck", "€": "euro", "¢": "cent", "°": "degree deg", "cm": "centimeter "
+    "centimetre", "mm": "millimeter millimetre", "m": "meter metre", "km": "kilometer kilometre", "in": "inche inch",
+    "ft": "foot feet", "yd": "yard", "mi": "mile", "g": "gram", "kg": "kilogram", "mg": "milligram", "l": "liter litre",
+    "ml": "milliliter", "oz": "ounce", "pound": "lb", "hour": "hr h", "minute": "min", "second": "sec s", "square": "sq",
+    "person": "people", "man": "men", "woman": "women", "child": "children",
+    "gallon": "gal", "cubic": "cu", "mi / hour": "mph", "yen": "¥",
 }  # fmt: skip
+UNIT_NAMES = {spelling: unit for unit, spellings in UNIT_NAMES.items() for spelling in spellings.split()}
 # A text behind a number that changes its value is no unit: 5\text{ million}, 2\text{ pi}, 5\text{ or more}.
 NO_UNIT = set(
     "and or not more less fewer than above below least most over under base remainder pi hundred thousand million "
-    "billion trillion dozen half third quarter fourth fifth tenth hundredth thousandth squared cubed factorial choose "
-    "times plus minus negative if for where when with is are to".split()
+    "billion trillion quadrillion dozen score ten half halves third quarter fourth fifth sixth seventh eighth ninth tenth "
+    "eleventh twelfth hundredth thousandth millionth squared cubed factorial choose times plus minus negative if for where "
+    "when with is are to maybe except root divided halved doubled tripled".split()
 )
 
 
 def canonical_unit(words: list[str]) -> str:
     r"""One name for a unit: "square centimeters", cm^2 and "sq cm" are "cm^2". Raises Unparsed for what is no unit."""
-    text = " ".join(words).lower().replace(".", "").replace("per ", "/ ").replace("/", " / ").replace("^ ", "^")
+    text = re.sub("[.{}*]", "", " ".join(words).lower()).replace("per cent", "percent").replace("per ", "/ ")
     power, names = "", []
-    for word in text.split():
-        word = word.removesuffix("s") if len(word) > 2 and not word.endswith("ss") else word
-        if word in NO_UNIT:
+    for plural in text.replace("/", " / ").replace("^ ", "^").split():
+        word = plural.removesuffix("s") if len(plural) > 2 and not plural.endswith("ss") else plural
+        if word in ("squared", "cubed") and names:
+            names[-1] += "^2" if word == "squared" else "^3"
+            continue
+        if {word, plural} & NO_UNIT or re.search(r"(?<!\^)(?<!\^-)[0-9(\[=<>]", word):
             raise Unparsed(f"{word!r} is no unit")
         word = UNIT_NAMES.get(word, word)
         if word in ("square", "cubic"):
@@ -845,7 +892,7 @@ class Undefined(Exception):
 
 
 class Point(dict):
-    """Values of the variables. If `real`, roots and logarithms must be, too: sqrt(x) sqrt(x) = x only where it is defined."""
+    """Values of variables. If `real`, roots and logarithms must be, too: sqrt(x) sqrt(x) is x only where it is defined."""
 
     real = True
     base = mp.mpf(7) / 3  # of a \log without one: it is equal only to what it equals in any base
@@ -853,18 +900,13 @@ class Point(dict):
 
 def points(names: set):
     """Points to compare at: of all signs and of several sizes, integers too, where (-1)^n and n! are defined."""
-    for i in range(12):
+    for i, scale in enumerate((0, 1, 10, 0, 10**5, 10**5, 0, 1, 10, 0, 1, 10)):
         rng, point = random.Random(i), Point()
         point.base = mp.mpf(rng.randrange(2 * 10**6, 10**7)) / 10**6
         for k, name in enumerate(sorted(names)):
-            sign = (1, -1, (-1) ** k, -((-1) ** k))[i % 4]
-            x = Fraction(rng.randrange(1, 10**6), (10**6 + 3, 10**5 + 3, 33333)[i % 3])
-            point[name] = rng.randrange(2, 40) if i % 6 == 4 else sign * x
+            sign = {1: -1, 2: (-1) ** k, 4: -1, 5: (-1) ** (k // 2), 7: 1}.get(i, rng.choice((1, -1)))
+            point[name] = scale * sign * Fraction(rng.randrange(10**5, 10**6), 10**6 + 3) if scale else rng.randrange(1, 40)
         yield point
-
-
-def exact(x) -> bool:
-    return isinstance(x, (int, Fraction))
 
 
 def inexact(x):
@@ -872,8 +914,19 @@ def inexact(x):
     return mp.mpf(x.numerator) / x.denominator if exact(x) else x
 
 
-def size(x: int | Fraction) -> int:
-    return x.numerator.bit_length() + x.denominator.bit_length()
+def size(x) -> float:
+    """Bits of an exact number; of an inexact one, how far its logarithm is from 0."""
+    if exact(x):
+        return x.numerator.bit_length() + x.denominator.bit_length()
+    return 0 if x == 0 else abs(mp.mag(x))
+
+
+def limited(bits: int, *values) -> list:
+    """The values as mpmath's, if they are not too large to compute with."""
+    values = [inexact(x) for x in values]
+    if any(mp.isinf(x) or (x != 0 and mp.mag(x) > bits) for x in values):
+        raise Unparsed("too large")
+    return values
 
 
 def value(node, point: Point):
@@ -884,44 +937,42 @@ def value(node, point: Point):
         return node
     kind, *args = node
     if kind in ("variable", "text"):
+        if node[1] == "..." or node not in point:
+            raise Unparsed("no number") if node[1] == "..." else Undefined
         return point[node]
     if kind == "constant":
-        return {"π": mp.pi, "e": mp.e, "∞": mp.inf}[args[0]] * mp.mpf(1) if args[0] != "i" else checked(mp.mpc(0, 1), point)
+        return {"π": mp.pi, "e": mp.e, "∞": mp.inf}[args[0]] * mp.one if args[0] != "i" else checked(mp.mpc(0, 1), point)
     if kind == "call":
         return unknown(args[0], *(value(x, point) for x in args[1:]))
     if kind == "big":
         return big_value(*args, point)
-    if kind == "%":
-        return value(("/", args[0], 100), point)
-    if kind == "°":
-        return value(("*", args[0], ("/", ("constant", "π"), 180)), point)
+    if kind in ("%", "°"):
+        return value(("*", args[0], Fraction(1, 100) if kind == "%" else ("/", ("constant", "π"), 180)), point)
     if kind == "fn":
         kind, *args = args
     operation = OPERATIONS.get("/" if kind == "ratio" and len(args) == 2 else kind)
     if not operation and kind not in FUNCTIONS:
         raise Unparsed(f"no number: {kind}")
     values = [value(arg, point) for arg in args]
+    if any(map(mp.isinf, values)) and (kind != "*" or args[0] != -1):  # there is no calculating with infinity, but its sign
+        raise Undefined
     try:
         return checked(operation(point, *values) if operation else function(kind, point, *values), point)
-    except (ZeroDivisionError, ValueError, TypeError):  # tan at its pole, the factorial of -1, the minimum of i and 1
+    except (ZeroDivisionError, ValueError, TypeError):  # 1/0, tan at its pole, the factorial of -1, the floor of i
         raise Undefined from None
 
 
 def checked(x, point: Point):
     """A new value, if it may be used: a number, real where it has to be, and not too large to compute on with."""
-    if exact(x):
-        if size(x) > MAX_BITS:
-            raise Unparsed("too large")
-        return simple(x) if isinstance(x, Fraction) else x
     if mp.isnan(x):
         raise Undefined
     if isinstance(x, mp.mpc):
         if x.imag != 0 and point.real:
             raise Undefined
         x = x.real if x.imag == 0 else x
-    if x != 0 and not mp.isinf(x) and abs(mp.mag(x)) > 10**9:
+    if not mp.isinf(x) and size(x) > (MAX_BITS if exact(x) else 10**9):
         raise Unparsed("too large")
-    return x
+    return simple(x) if isinstance(x, Fraction) else x
 
 
 def add(point, *terms):
@@ -936,16 +987,15 @@ def divide(point, x, y):
     return Fraction(x) / y if exact(x) and exact(y) else inexact(x) / inexact(y)
 
 
-def raise_to(point, x, y):
+def power(point, x, y):
     if isinstance(y, int) and exact(x) and (abs(y) * size(x) <= MAX_BITS or x in (0, 1, -1)):
         return Fraction(x) ** y
     if isinstance(y, Fraction) and exact(x) and x >= 0 and (found := exact_root(x, y.denominator)) is not None:
-        return raise_to(point, found, y.numerator)
+        return power(point, found, y.numerator)
     x, y = inexact(x), inexact(y)
-    if x == 0:
-        if mp.re(y) <= 0:
-            raise Undefined
-    elif mp.isinf(y) or (y != 0 and not mp.isinf(x) and mp.mag(mp.mag(x) or 1) + mp.mag(y) > 40):
+    if x == 0 and mp.re(y) <= 0:
+        raise Undefined
+    if x != 0 and not mp.isinf(x) and (mp.isinf(y) or mp.mag(size(x) or 1) + (size(y) if abs(y) > 1 else 0) > 40):
         raise Unparsed("too large")
     return mp.power(x, y)
 
@@ -955,7 +1005,7 @@ def root(point, n, x):
         return found if x >= 0 else -found
     if point.real and isinstance(n, int) and n % 2 and mp.re(inexact(x)) < 0:
         return -root(point, n, -x)
-    return raise_to(point, x, checked(divide(point, 1, n), point))
+    return power(point, x, checked(divide(point, 1, n), point))
 
 
 def exact_root(x: int | Fraction, n: int):
@@ -968,60 +1018,52 @@ def exact_root(x: int | Fraction, n: int):
 
 
 def factorial(point, n, step: int = 1):
-    if isinstance(n, int):
-        if not 0 <= n <= 5000:
-            raise Unparsed("too large") if n > 0 else Undefined
+    if isinstance(n, int) and 0 <= n <= 5000:
         return math.prod(range(n, 0, -step))
-    if step > 1 or mp.mag(inexact(n)) > 20:
-        raise Unparsed("no factorial")
-    return mp.gamma(inexact(n) + 1)
+    if isinstance(n, int) or step > 1:
+        raise Unparsed("too large") if isinstance(n, int) and n > 0 else Undefined
+    if isinstance(n, mp.mpc):
+        raise Undefined
+    return mp.gamma(limited(12, n)[0] + 1)
 
 
 def binomial(point, n, k):
     if isinstance(n, int) and isinstance(k, int) and 0 <= n <= 5000:
         return math.comb(n, k) if k >= 0 else 0
-    if max(mp.mag(inexact(n)), mp.mag(inexact(k))) > 20:
-        raise Unparsed("too large")
-    return mp.binomial(inexact(n), inexact(k))
+    return mp.binomial(*limited(12, n, k))
 
 
 def floor(point, x):
-    if not exact(x) and (mp.isinf(x) or mp.mag(x) > 3000):
-        raise Unparsed("too large")
-    return math.floor(x) if exact(x) else int(mp.floor(x))
+    return math.floor(x) if exact(x) else int(mp.floor(*limited(3000, x)))
 
 
-def of_rationals(operation, integers: bool):
-    def checked_operation(point, *values):
-        if not all(isinstance(x, int) if integers else exact(x) for x in values):
-            raise Unparsed("not of rational numbers")
+def integers(operation):
+    def of_integers(point, *values):
+        if not all(isinstance(x, int) for x in values):
+            raise Unparsed("not of integers")
         return operation(*values)
 
-    return checked_operation
+    return of_integers
 
 
 OPERATIONS = {  # name -> function of a point and of the values
-    "+": add, "*": multiply, "/": divide, "^": raise_to, "root": root, "abs": lambda point, x: abs(x),
-    "!": factorial, "!!": lambda point, n: factorial(point, n, 2), "binom": binomial,
-    r"\lfloor": floor, r"\lceil": lambda point, x: -floor(point, -x),
-    "min": of_rationals(min, False), "max": of_rationals(max, False), "mod": of_rationals(operator.mod, True),
-    "gcd": of_rationals(math.gcd, True), "lcm": of_rationals(math.lcm, True),
+    "+": add, "*": multiply, "/": divide, "^": power, "root": root, "abs": lambda point, x: abs(x), "!": factorial,
+    "!!": lambda point, n: factorial(point, n, 2), "binom": binomial, r"\lfloor": floor,
+    r"\lceil": lambda point, x: -floor(point, -x), "gcd": integers(math.gcd), "lcm": integers(math.lcm),
+    "mod": integers(operator.mod), "min": lambda point, *values: min(values, key=inexact),
+    "max": lambda point, *values: max(values, key=inexact),
 }  # fmt: skip
 
 
 def function(name: str, point: Point, x):
     """sin, ln, ... of mpmath's."""
-    x = inexact(x)
-    if mp.isinf(x) or mp.mag(x) > 200:
-        raise Unparsed("too large")
-    if name == "log":
-        return mp.ln(x) / mp.ln(point.base)
-    return getattr(mp, name.replace("arc", "a"))(x)
+    (x,) = limited(200, x)
+    return mp.ln(x) / mp.ln(point.base) if name == "log" else getattr(mp, name.replace("arc", "a"))(x)
 
 
 def unknown(name: str, *values):
     """The value of a function that is not known: a random number for each argument."""
-    key = repr((name, *(mp.nstr(inexact(x), 20) for x in values)))
+    key = repr((name, *(x if exact(x) else mp.nstr(x, 20) for x in values)))
     return Fraction(random.Random(key).randrange(1, 10**9), 10**8)
 
 
@@ -1032,9 +1074,8 @@ def big_value(name: str, index, low, high, term, point: Point):
         return unknown(name, low, high, value(substitute(term, index, Fraction(7919, 1009)), point))
     if high - low > MAX_ITEMS:
         raise Unparsed("too many terms")
-    result = int(name == r"\prod")
+    result, operation = (0, add) if name == r"\sum" else (1, multiply)
     for k in range(low, high + 1):
-        operation = OPERATIONS["*" if name == r"\prod" else "+"]
         result = checked(operation(point, result, value(substitute(term, index, k), point)), point)
     return result
 
@@ -1043,44 +1084,26 @@ def digits(node) -> float:
     """How many digits are written in an expression, its powers multiplied out: it takes more to tell its value apart."""
     if exact(node):
         return 0.31 * size(node)
-    if node == ("constant", "i"):
-        return 0
+    inside = sum(map(digits, children(node)))
     if node[0] == "^":
         return digits(node[1]) * max(1, magnitude(node[2])) + digits(node[2]) + 1
-    if node[:2] == ("fn", "!"):
-        return 30 if variables(node[2]) else 10 * magnitude(node[2])
-    return 1 + sum(map(digits, children(node)))
+    if node[:2] in (("fn", "!"), ("fn", "!!"), ("fn", "binom"), ("big", r"\sum"), ("big", r"\prod")):
+        try:
+            x = None if variables(node) else value(node, Point())
+        except Undefined:
+            x = None
+        return inside + (0.31 * size(x) if exact(x) else 10 if node[0] == "fn" else MAX_ITEMS)
+    if node[0] == "fn" and node[1] in ("exp", "sinh", "cosh", "tanh", "coth", "sech", "csch"):
+        return inside + 1 + magnitude(node[2])
+    return 0 if node == ("constant", "i") else 1 + inside
 
 
 def magnitude(node) -> float:
     """Of an exponent, roughly, and at most a billion."""
     try:
-        return 50 if variables(node) else float(min(abs(inexact(value(node, Point()))), 10**9))
+        return 10 if variables(node) else float(min(abs(inexact(value(node, Point()))), 10**9))
     except Undefined:
-        return 50
-
-
-def close(x, y, tolerance) -> bool:
-    return x == y or (mp.isfinite(x) and mp.isfinite(y) and abs(x - y) <= tolerance * max(abs(x), abs(y)))
-
-
-def agree(a, b, point: Point) -> bool:
-    """Are a and b equal at a point: exactly, or to many digits more than are written in them? Nothing is ever rounded to
-    zero: what seems to be zero must shrink with the precision."""
-    mp.dps = 30
-    x, y = value(a, point), value(b, point)
-    if exact(x) and exact(y):
-        return x == y
-    n = digits_needed(a, b)
-    largest = mp.inf
-    for mp.dps in (2 * n, 4 * n):
-        x, y = inexact(value(a, point)), inexact(value(b, point))
-        if close(x, y, mp.mpf(10) ** -n):
-            return True
-        before, largest = largest, max(abs(x), abs(y))
-        if largest > mp.mpf(10) ** -n:
-            return False
-    return largest < before * mp.mpf(10) ** -n
+        return 10
 
 
 def digits_needed(*nodes) -> int:
@@ -1090,12 +1113,31 @@ def digits_needed(*nodes) -> int:
     return n
 
 
+def close(x, y, n: int) -> bool:
+    """Do they agree to n digits? Always relative to their size."""
+    return x == y or (mp.isfinite(x) and mp.isfinite(y) and abs(x - y) <= mp.mpf(10) ** -n * max(abs(x), abs(y)))
+
+
+def agree(a, b, point: Point) -> bool:
+    """Are a and b equal at a point: exactly, or to many digits more than are written in them? Nothing is ever rounded to
+    zero: what seems to be zero must shrink with the precision."""
+    mp.dps = 30
+    x, y = value(a, point), value(b, point)
+    if exact(x) and exact(y):
+        return x == y
+    n, largest = digits_needed(a, b), mp.inf
+    for mp.dps in (2 * n, 4 * n):
+        x, y = inexact(value(a, point)), inexact(value(b, point))
+        before, largest = largest, max(abs(x), abs(y))
+        if close(x, y, n) or largest > mp.mpf(10) ** -n:
+            return close(x, y, n)
+    return largest < before * mp.mpf(10) ** -n
+
+
 def equal(a, b) -> bool:
     """Are two expressions equal wherever both are defined? Raises Unparsed if one is no number, or too large."""
-    if a == b:
-        return True
-    names = variables(a) | variables(b)
-    for real in (True, False):
+    names, unparsed = variables(a) | variables(b), None
+    for real in (True, False) if a != b else ():
         tried = 0
         for point in points(names):
             point.real = real
@@ -1104,12 +1146,19 @@ def equal(a, b) -> bool:
                     return False
             except Undefined:
                 continue
+            except Unparsed as problem:  # e^{e^x} is too large at some points only
+                if not names:
+                    raise
+                unparsed = problem
+                continue
             tried += 1
             if tried == 6 or not names:
                 return True
         if tried >= 3:
             return True
-    return False
+    if unparsed:
+        raise unparsed
+    return a == b
 
 
 def proportional(a, b, positive: bool = False) -> bool:
@@ -1119,11 +1168,11 @@ def proportional(a, b, positive: bool = False) -> bool:
     for point in points(variables(a) | variables(b)):
         try:
             x, y = inexact(value(a, point)), inexact(value(b, point))
-        except Undefined:
+        except (Undefined, Unparsed):
             continue
         if x != 0 and y != 0:
             quotients.append(x / y)
-        if (x == 0) != (y == 0) or (quotients and not close(quotients[0], quotients[-1], mp.mpf(10) ** -n)):
+        if (x == 0) != (y == 0) or (quotients and not close(quotients[0], quotients[-1], n)):
             return False
     return len(quotients) >= 3 and (not positive or quotients[0] > 0)
 
@@ -1131,15 +1180,25 @@ def proportional(a, b, positive: bool = False) -> bool:
 # ------------------------------------------------------------------------------------------------ answers
 
 MONTHS = "january february march april may june july august september october november december".split()
+SYNONYMS = {
+    "all real numbers": ("ℝ",), "all reals": ("ℝ",), "empty set": ("seq", r"\{\}"), "dne": ("text", "does not exist"),
+    "no solutions": ("text", "no solution"),
+}  # fmt: skip
+SMALL_NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+CHOICE = re.compile(r"\(?([A-J])\)?")
+OPTION = re.compile(r"(?:[Oo]ption |[Cc]hoice )?\(?([A-J])(?:\)|(?:\) ?|[.:] )(?!.*\b[A-J]\b)\S.*)?")  # (C) 12, C. 12
 LONG_DECIMAL = re.compile(r"[-+]?(\d*)\.(\d+)", re.ASCII)
 
 
 def compare(a: str, b: str) -> bool:
     """Are two cleaned answers the same? Raises Unparsed. This can take long, and much memory: `Worker` bounds both."""
+    for x, y in ((a, b), (b, a)):
+        if (letter := CHOICE.fullmatch(TEXT.sub(r"\1", x))) and (option := OPTION.fullmatch(TEXT.sub(r"\1", y))):
+            return letter[1] == option[1]
     return same(parse(a), parse(b)) or is_rounded(a, b) or is_rounded(b, a)
 
 
-@lru_cache(4096)
+@lru_cache(512)
 def parse(answer: str):
     r"""The tree of a cleaned answer; one with \pm is the set of its values. Raises Unparsed.
 
@@ -1147,15 +1206,16 @@ def parse(answer: str):
     count = answer.count("±") + answer.count("∓")
     if not count:
         return parse_one(answer)
+    if count > 7 and "∓" not in answer:
+        raise Unparsed("too many signs")
     values = []
-    for choice in product("+-", repeat=min(count, 7) if "∓" not in answer else 1):
-        if len(values) > MAX_ITEMS:
-            raise Unparsed("too many values")
-        signs = iter(choice * count if "∓" in answer else choice)
-        one = re.sub("[±∓]", lambda m: {"±": "+-", "∓": "-+"}[m[0]]["+-".index(next(signs, "+"))], answer)  # noqa: B023
-        node = parse_one(one)
-        values += node[1:] if kind_of(node) in ("list", "set") else [node]
-    return ("set", *values)
+    for signs in product("+-", repeat=1 if "∓" in answer else count):
+        choice = iter(signs * count if "∓" in answer else signs)
+        pieces = re.split("([±∓])", answer)
+        pieces[1::2] = [sign if mark == "±" else "+-"[sign == "+"] for mark, sign in zip(pieces[1::2], choice)]
+        node = parse_one("".join(pieces))
+        values += node[2:] if is_list(node) else [node]
+    return ("seq", r"\{\}", *values)
 
 
 def parse_one(answer: str):
@@ -1165,7 +1225,7 @@ def parse_one(answer: str):
     try:
         return Parser(answer).answer()
     except Unparsed:
-        if node := phrase(TEXT.sub(r" \1 ", answer), "0-9,()"):  # an apartment number, and the like
+        if node := phrase(TEXT.sub(r" \1 ", answer), "0-9,()"):  # an address, and the like
             return node
         raise
 
@@ -1173,12 +1233,12 @@ def parse_one(answer: str):
 def clock_time(answer: str):
     """4:30 p.m. -> ("clock", minutes, seconds, "half" if it is known which half of the day)"""
     plain = TEXT.sub(r"\1", answer).replace(".", "").replace(" ", "").lower()
-    match = re.fullmatch(r"(\d{1,2})(?::([0-5]\d)(?::([0-5]\d))?)?([ap]m|noon|midnight)?", plain)
+    match = re.fullmatch(r"(\d{1,2})(?::([0-5]\d)(?::([0-5]\d))?)?([ap]m|noon|midnight)?", plain, re.ASCII)
     if not match or not (match[2] or match[4]) or int(match[1]) > 24:
         return None
     hour, minute, second, half = match.groups()
     hour = int(hour) % 12 + 12 * (half in ("pm", "noon")) if half else int(hour)
-    return ("clock", hour * 60 + int(minute or 0), int(second or 0), "half" if half or hour > 12 else "")
+    return ("clock", hour * 60 + int(minute or 0), int(second or 0), "half" if half else "")
 
 
 def date(answer: str):
@@ -1192,17 +1252,17 @@ def date(answer: str):
 def based_number(answer: str):
     """101_2, 1A3_{16}, (101)_2, 101 base 2 -> ("based", digits, base)"""
     plain = TEXT.sub(r" \1 ", answer)
-    match = re.fullmatch(r"\{?(-?)[({]?([0-9A-Z ,.]+)[)}]?\s*(?:_ ?\{? ?|,? ?(?:in )?base ?)(\w+)\s*\}{0,2}", plain)
-    if not match or not re.search(r"\d", match[2]):
+    base = r"(?:_ ?\{? ?|,? ?(?:in )?base ?)(\w+)\s*\}{0,2}"
+    match = re.fullmatch(rf"\{{?(-?)[({{]?([0-9A-Z.]+)[)}}]?\s*{base}", plain, re.ASCII)
+    if not match or not re.search("[0-9]", match[2]):
         return None
-    words = "zero one two three four five six seven eight nine ten eleven twelve".split()
-    base = str(words.index(match[3])) if match[3] in words else match[3]
-    return ("based", match[1] + re.sub("[ ,]", "", match[2]).lstrip("0"), base) if base.isdigit() else None
+    base = str(SMALL_NUMBERS.index(match[3])) if match[3] in SMALL_NUMBERS else match[3]
+    return ("based", match[1] + match[2].lstrip("0"), base) if base.isdigit() else None
 
 
 def choice(answer: str):
-    r"""(A), A) and \text{(A)} are the choice A."""
-    match = re.fullmatch(r"\(([A-Z])\)|([A-Z])\)", TEXT.sub(r"\1", answer).strip())
+    r"""(A), A) and \text{(A)} are the choice A; BAC, alone, is an order or a name, and no product."""
+    match = re.fullmatch(r"\(?([A-Z])\)|([A-Z]{3,})", TEXT.sub(r"\1", answer).strip())
     return ("variable", match[1] or match[2]) if match else None
 
 
@@ -1213,21 +1273,32 @@ def phrase(answer: str, also: str = ""):
         return None
     if not also and any(word in FUNCTIONS or word in PLAIN_WORDS or word in ("and", "or") for word in words):
         return None
-    return ("text", " ".join(re.findall(r"\w+", answer.casefold())))
+    return text_node(answer)
+
+
+def text_node(text: str):
+    """Lower case, without articles and the punctuation of prose. What may be mathematics stays: n! ways are not n ways."""
+    text = re.sub(r"(?<=[a-z])-(?=[a-z]{2})|^ ?(?:an?|the|there (?:is|are)) ", " ", text.casefold())
+    text = " ".join(re.sub(r"(?<=[a-z]{2})[.,'?!\"]+|\"", "", text).split())
+    return SYNONYMS.get(text, ("text", text))
 
 
 def is_rounded(a: str, b: str) -> bool:
-    """Is a decimal of at least ten digits the rounded value of b, which is no such decimal itself? 1.41421356237 is sqrt(2)."""
+    """Is a decimal of at least ten digits the rounded value of b, which is none itself? 1.41421356237 is sqrt(2)."""
     match = LONG_DECIMAL.fullmatch(a.rpartition("=")[2].strip())
     if not match or len((match[1] + match[2]).lstrip("0")) < 10 or plain_number(b) is not None:
         return False
-    node = parse(b)
-    node = split_unit(node[2] if kind_of(node) == "named" else node)[0]
-    if variables(node):
+    node, other = parse(a), parse(b)
+    if kind_of(node) == kind_of(other) == "named" and node[1] != other[1]:
         return False
+    node, other = (split_unit(n[2] if kind_of(n) == "named" else n)[0] for n in (node, other))
     mp.dps = 60 + len(a)
     try:
-        return abs(mp.mpf(match[0]) - inexact(value(node, Point()))) <= mp.mpf(10) ** -len(match[2]) / 2
+        if not exact(node) or (exact(x := value(other, Point())) and 10**99 % x.denominator == 0):
+            return False
+        x, y = mp.mpf(match[0]), inexact(value(other, Point()))
+        long = len((match[1] + match[2]).lstrip("0")) >= 16  # the double that Python prints is off in its last digit
+        return abs(x - y) <= max(mp.mpf(10) ** -len(match[2]) / 2, abs(y) * mp.mpf(2) ** -52 * long)
     except (Undefined, Unparsed):
         return False
 
@@ -1249,17 +1320,19 @@ def same(a, b) -> bool:
     kinds = {kind_of(a), kind_of(b)}
     if kinds & {"order", "∪", "∩", "∖", "ℝ"} or is_interval(a) or is_interval(b):
         return same_set(a, b)
-    if kinds & {"list", "set"}:
+    if (is_list(a) or is_list(b)) and not (kinds == {"seq"} and {a[1], b[1]} == {"{}", "()"}):
         return same_list(a, b)
     if kinds & {"named", "equation"}:
         return same_equation(a, b)
     if kinds & {"seq", "matrix"}:
-        shapes = a[1] == b[1] or {a[1], b[1]} == {"{}", "()"} if len(kinds) == 1 else False
-        return shapes and len(a) == len(b) and all(map(same, a[2:], b[2:]))
+        shapes = len(kinds) == 1 and len(a) == len(b) and (a[1] == b[1] or kinds == {"seq"} and {a[1], b[1]} == {"{}", "()"})
+        return shapes and all(map(same, a[2:], b[2:]))
     if "clock" in kinds:
         return same_time(a, b)
     if kinds == {"ratio"} and len(a) == len(b) > 3:
-        return all(equal(("*", a[1], y), ("*", b[1], x)) for x, y in zip(a[2:], b[2:]))
+        pairs = list(zip(a[1:], b[1:]))
+        proportion = all(equal(("*", x, v), ("*", y, u)) for i, (x, y) in enumerate(pairs) for u, v in pairs[:i])
+        return proportion and not any(all(equal(x, 0) for x in node[1:]) for node in (a, b))
     if kinds & {"text", "date", "based"}:
         return False
     (x, unit_x), (y, unit_y) = split_unit(a), split_unit(b)
@@ -1269,14 +1342,15 @@ def same(a, b) -> bool:
         return True
     if unit_x == unit_y or "%" not in (unit_x, unit_y):
         return False
-    return equal(a, y) if unit_x == "%" else equal(x, b)  # 20% is 20 or 1/5; 20 is never 1/5
+    return equal(("%", x), y) if unit_x == "%" else equal(x, ("%", y))  # 20% is 20 or 1/5; 20 is never 1/5
 
 
 def same_time(a, b) -> bool:
     if kind_of(a) == kind_of(b):
         return a[2] == b[2] and (a[1] == b[1] if a[3] == b[3] else a[1] % 720 == b[1] % 720)
     clock, other = (a, b) if kind_of(a) == "clock" else (b, a)  # 7:32 may be a ratio
-    return kind_of(other) == "ratio" and not clock[3] and same(("ratio", clock[1] // 60, clock[1] % 60), other)
+    plain = kind_of(other) == "ratio" and clock[2] == 0 and not clock[3]
+    return plain and same(("ratio", clock[1] // 60, clock[1] % 60), other)
 
 
 def same_equation(a, b) -> bool:
@@ -1288,18 +1362,29 @@ def same_equation(a, b) -> bool:
         if kind_of(b) not in ("named", "equation"):
             return same(content, b)
         if kind_of(b) == "named":
-            dummies = all(kind_of(x) == "variable" for x in name[2:] + b[1][2:])  # f(x) = 1 is f(y) = 1
-            if name == b[1] or (name[:2] == b[1][:2] and name[0] == "call" and dummies and not variables(content)):
+            if is_definition(a) and is_definition(b) and name[1] == b[1][1]:
+                b = substitute(b, b[1][2], name[2])  # f(x) = 2x is f(n) = 2n
+            if name == b[1]:
                 return same(content, b[2])
             if not (variables(content) and variables(b[2])):
                 return False
-            if "call" in (name[0], b[1][0]) and same(content, b[2]):
+            others = [kind_of(y[1]) for x, y in ((a, b), (b, a)) if is_definition(x)]
+            if "variable" in others and same(content, b[2]):
                 return True
     elif kind_of(a) != kind_of(b):
         return False
-    if any(kind_of(side) in ("seq", "list", "set", "matrix", "text", "order") for side in a[1:] + b[1:]):
+    if any(kind_of(side) in ("seq", "matrix", "text", "order") for side in a[1:] + b[1:]):
+        return False
+    units_a, units_b = ({split_unit(side)[1] for side in node[1:]} - {""} for node in (a, b))
+    if units_a and units_b and units_a != units_b:
         return False
     return proportional(difference(*a[1:]), difference(*b[1:]))
+
+
+def is_definition(named) -> bool:
+    """f(x) = ... of one variable, but not x_1 = ..., f'(x) = ... or f^{-1}(x) = ..."""
+    name = named[1]
+    return kind_of(name) == "call" and len(name) == 3 and name[1].isalpha() and kind_of(name[2]) == "variable"
 
 
 def difference(left, right):
@@ -1310,26 +1395,26 @@ def same_list(a, b) -> bool:
     """Unordered, and a set is as good as a list; but x = 1, y = 2 go by their names, or by their order if the other side
     has none, and what stands in round brackets is ordered."""
     for x, y in ((a, b), (b, a)):
-        if kind_of(x) == "list":
-            names = [base_name(item) for item in x[1:] if kind_of(item) == "named"]
-            others = y[2:] if kind_of(y) == "seq" else y[1:] if kind_of(y) == "list" else ()
-            if len(x) - 1 == len(names) == len(set(names)) and not any(kind_of(item) == "named" for item in others):
-                return len(others) == len(names) and all(map(same, (item[2] for item in x[1:]), others))
-        if kind_of(x) == "seq" and x[1] == "{}":
-            return same(("set", *x[2:]), y)
-        if kind_of(x) == "seq" and kind_of(y) == "list" and all(kind_of(n) == "named" for n in x[2:] + y[1:]):
-            return same(("list", *x[2:]), y)
-        if kind_of(x) == "named" and kind_of(x[2]) in ("list", "set"):
+        named = [kind_of(item) == "named" for item in children(y)] if kind_of(y) == "seq" else []
+        if is_list(x, "") and named and all(kind_of(item) == "named" for item in x[2:]):
+            names = {base_name(item) for item in x[2:]}
+            if len(names) == len(x) - 2 and not any(named) and y[1] in ("", "()"):
+                items = sorted(x[2:], key=lambda item: str(item[1])) if y[1] else x[2:]  # y=2, x=1 is the point (1,2)
+                return len(x) == len(y) and all(map(same, (item[2] for item in items), y[2:]))
+            if all(named):  # (x, y) = (1, 2)
+                return len(x) == len(y) and matched(x[2:], y[2:])
+        if kind_of(x) == "named" and is_list(x[2]):
             return same(x[2], y)
     items_a, items_b = elements(a), elements(b)
     if items_a is None or items_b is None or (shared_name(a) and shared_name(b) and shared_name(a) != shared_name(b)):
         return False
-    if not kind_of(a) == kind_of(b) == "list" or any(kind_of(x) == "seq" for x in items_a):
+    sets = is_list(a, *UNORDERED[1:]) or is_list(b, *UNORDERED[1:])
+    if sets or all(kind_of(x) == "seq" for x in items_a):  # but 2, 2, 3 is not 2, 3
         items_a, items_b = unique(items_a), unique(items_b)
     return len(items_a) == len(items_b) and matched(items_a, items_b)
 
 
-def matched(items_a: list, items_b: list) -> bool:
+def matched(items_a, items_b) -> bool:
     rest = list(items_b)
     for x in items_a:
         found = next((i for i, y in enumerate(rest) if same(x, y)), None)
@@ -1346,14 +1431,14 @@ def base_name(named):
 
 def shared_name(node):
     """The x of "x = 1, 2"."""
-    first, *rest = node[1:] if kind_of(node) == "list" else (node,)
+    first, *rest = node[2:] if is_list(node, "") else (node,)
     return first[1] if kind_of(first) == "named" and rest and all(kind_of(item) != "named" for item in rest) else None
 
 
 def elements(node) -> list | None:
-    if kind_of(node) not in ("list", "set"):
+    if not is_list(node):
         return None if kind_of(node) in ("seq", "matrix", "equation", "text") else [node]
-    return [item[2] if shared_name(node) and kind_of(item) == "named" else item for item in node[1:]]
+    return [item[2] if shared_name(node) and kind_of(item) == "named" else item for item in node[2:]]
 
 
 def unique(items: list) -> list:
@@ -1364,63 +1449,89 @@ def unique(items: list) -> list:
     return kept
 
 
+X, BOUND = ("variable", "x"), ("variable", "bound")  # the unknown of an inequality; of {y : y > 3}, whatever its name
+
+
 def is_interval(node) -> bool:
-    return kind_of(node) == "seq" and len(node) == 4 and node[1] in ("[)", "(]", "[]")
+    return kind_of(node) == "seq" and len(node) == 4 and node[1] in INTERVALS[1:]
 
 
 def same_set(a, b) -> bool:
     """Intervals, unions and inequalities are equal if they agree at all of their ends and anywhere between them."""
-    mp.dps, names_a, names_b = 100, set(), set()
+    about_a, about_b = {}, {}
+    mp.dps = 2 * digits_needed(a, b)
     try:
-        ends = sorted(x for x in boundary(a, names_a) + boundary(b, names_b) if mp.isfinite(x))
+        ends = {inexact(x) for x in boundary(a, about_a) + boundary(b, about_b)}
     except Undefined:
         return same_parts(a, b)
-    if names_a and names_b and names_a != names_b:
-        return False
-    probes = [mp.mpf(0)] if not ends else [ends[0] - 1, *ends, *((x + y) / 2 for x, y in zip(ends, ends[1:])), ends[-1] + 1]
+    for what in ("name", "unit"):
+        found_a, found_b = about_a.get(what, set()), about_b.get(what, set())
+        if max(len(found_a), len(found_b)) > 1:
+            return same_parts(a, b)
+        if found_a and found_b and found_a != found_b:
+            return False
+    ends = sorted(x for x in ends if mp.isfinite(x))
+    probes = [ends[0] - 1, *ends, *((x + y) / 2 for x, y in zip(ends, ends[1:])), ends[-1] + 1] if ends else [mp.mpf(0)]
     return all(holds(a, x) == holds(b, x) for x in probes)
 
 
-def boundary(node, names: set) -> list:
-    """The ends of the intervals of a set of real numbers; adds its variable to names. Raises Undefined if it is none, or one
-    with other ends: inequalities must be linear in one variable or in its absolute value."""
+def boundary(node, about: dict) -> list:
+    """The ends of the intervals of a set of real numbers (maybe some more points); says which name and unit it is about.
+
+    Raises Undefined if it is no such set: inequalities must be linear in one variable, or in absolute values of it."""
     kind = kind_of(node)
-    if kind == "ℝ":
-        return []
     if kind == "named":
-        names.add(node[1])
-        return boundary(node[2], names)
-    if kind in ("∪", "∩", "∖"):
-        return [x for child in node[1:] for x in boundary(child, names)]
-    if kind in ("set", "list") or (kind == "seq" and len(node) == 4 and node[1] in ("()", "[)", "(]", "[]")):
-        ends = [real(child) for child in children(node)]
-        if kind == "seq" and not ends[0] <= ends[1]:
-            raise Undefined
-        return ends
+        about.setdefault("name", set()).add(node[1])
+        return boundary(node[2], about)
+    if kind in ("∪", "∩", "∖", "ℝ"):
+        return [x for child in node[1:] for x in boundary(child, about)]
     found = names_in(node)
-    if kind != "order" or len(found) != 1:
+    interval = kind == "seq" and len(node) == 4 and node[1] in INTERVALS
+    if not (is_list(node) or interval or (kind == "order" and len(found) == 1)):
         raise Undefined
-    (name,) = found
-    absolute = name[:2] == ("fn", "abs")
-    names.add(name[2] if absolute else name)
-    ends = []
-    for left, right in zip(node[1::2], node[3::2]):
-        if {left, right} & {("constant", "∞"), ("*", -1, ("constant", "∞"))}:
-            continue
-        gap = substitute(difference(left, right), name, ("variable", "x"))
-        at = [inexact(value(gap, Point({("variable", "x"): x}))) for x in (0, 1, 2)]
-        slope = at[1] - at[0]
-        if slope == 0 or not close(slope, at[2] - at[1], mp.mpf(10) ** -80):
+    sides = [split_unit(child) for child in children(node)]
+    about.setdefault("unit", set()).update(unit for _, unit in sides if unit)
+    if kind == "seq":
+        ends = [real(side) for side, _ in sides]
+        if interval:
+            empty = not (ends[0] < ends[1] or (ends[0] == ends[1] and node[1] == "[]"))
+            if empty or any(mp.isinf(x) and bracket in "[]" for x, bracket in zip(ends, node[1])):  # (2,2) is a point
+                raise Undefined
+        return ends
+    about.setdefault("name", set()).update(found - {BOUND})
+    return [x for (left, _), (right, _) in zip(sides, sides[1:]) for x in roots(left, right, *found)]
+
+
+def roots(left, right, name) -> list:
+    """Where left = right, both linear in the name, or in absolute values, of which either sign may be right."""
+    if {left, right} & {("constant", "∞"), ("*", -1, ("constant", "∞"))}:
+        return []
+    gaps = [substitute(difference(left, right), name, X)]
+    while absolute := next((n for gap in gaps for n in walk(gap) if is_absolute(n)), None):
+        gaps = [substitute(gap, absolute, times(sign, absolute[2])) for gap in gaps for sign in (1, -1)]
+        if len(gaps) > 8:
             raise Undefined
-        ends += [-at[0] / slope] + [at[0] / slope] * absolute
-    return ends
+    found = []
+    for gap in gaps:
+        at = {x: inexact(value(gap, Point({X: x}))) for x in (0, 1, 2, Fraction(10**7, 7), -Fraction(10**7, 9))}
+        slope = at[1] - at[0]
+        if slope == 0 and len(gaps) > 1:
+            continue
+        if slope == 0 or not all(close(at[0] + slope * inexact(x), y, mp.dps // 2) for x, y in at.items() if x > 1 or x < 0):
+            raise Undefined
+        found.append(-at[0] / slope)
+    return found
+
+
+def is_absolute(node) -> bool:
+    return kind_of(node) == "fn" and node[1] == "abs" and X in walk(node)
 
 
 def real(node):
     """The value of an end of an interval. Raises Undefined if it is not a real number."""
     try:
-        return inexact(value(split_unit(node)[0], Point()))
-    except (Unparsed, KeyError):
+        return inexact(value(node, Point()))
+    except Unparsed:
         raise Undefined from None
 
 
@@ -1432,36 +1543,32 @@ def holds(node, x) -> bool:
     if kind in ("∪", "∩", "∖"):
         inside = [holds(child, x) for child in node[1:]]
         return any(inside) if kind == "∪" else inside[0] and all(y == (kind == "∩") for y in inside[1:])
-    if kind in ("set", "list"):
-        return any(close(real(child), x, mp.mpf(10) ** -80) for child in node[1:])
-    if kind == "seq":
-        signs = ["≤" if bracket in "[]" else "<" for bracket in node[1]]
-        return in_order(real(node[2]), signs[0], x) and in_order(x, signs[1], real(node[3]))
     if kind == "ℝ":
         return True
+    sides = [split_unit(child)[0] for child in children(node)]
+    if is_list(node):
+        return any(close(real(side), x, mp.dps // 2) for side in sides)
+    if kind == "seq":
+        low, high = ("≤" if bracket in "[]" else "<" for bracket in node[1])
+        return in_order(real(sides[0]), low, x) and in_order(x, high, real(sides[1]))
     (name,) = names_in(node)
-    name = name[2] if name[:2] == ("fn", "abs") else name
-    point = Point({("variable", "x"): x})
-    values = [inexact(value(substitute(side, name, ("variable", "x")), point)) for side in node[1::2]]
+    values = [inexact(value(substitute(side, name, X), Point({X: x}))) for side in sides]
     return all(map(in_order, values, node[2::2], values[1:]))
 
 
 def in_order(x, sign: str, y) -> bool:
-    same_value = close(x, y, mp.mpf(10) ** -80)
-    if sign == "≠" or same_value:
-        return same_value == (sign in "≤≥")
-    return x < y if sign in "<≤" else x > y
+    if close(x, y, mp.dps // 2):
+        return sign in "≤≥"
+    return sign == "≠" or (x < y) == (sign in "<≤")
 
 
 def same_parts(a, b) -> bool:
     """Intervals and inequalities whose ends are no numbers: the same part by part, or up to a positive factor."""
     kind = kind_of(a)
-    if kind != kind_of(b):
-        return False
-    if kind == "seq":
-        return a[1] == b[1] and len(a) == len(b) and all(map(same, a[2:], b[2:]))
+    if kind != kind_of(b) or kind == "seq":
+        return kind == kind_of(b) and a[1] == b[1] and len(a) == len(b) and all(map(same, a[2:], b[2:]))
     if kind != "order":
-        return kind in ("∪", "∩") and len(a) == len(b) and matched(list(a[1:]), list(b[1:]))
+        return kind in ("∪", "∩") and len(a) == len(b) and matched(a[1:], b[1:])
     (members_a, signs_a), (members_b, signs_b) = upward(a), upward(b)
     if signs_a != signs_b:
         return False
@@ -1497,7 +1604,9 @@ def serve():
         faulthandler.dump_traceback_later(TIME_LIMIT, exit=True, file=nowhere)
         try:
             reply = b"=" if compare(*json.loads(line)) else b"!"
-        except (Unparsed, Undefined, RecursionError):
+        except MemoryError:
+            os._exit(1)
+        except Exception:  # Unparsed, Undefined, RecursionError; any other is a mistake of this file, and no match
             reply = b"?"
         os.write(1, reply)
         faulthandler.cancel_dump_traceback_later()
@@ -1578,8 +1687,11 @@ def verdict(gold: str, text: str) -> Verdict:
     Of boxes joined by "and" the last one alone may match, too: data sets such as MATH keep only that of a solution."""
     a, b = marked_answer(gold) or gold.strip(), extract(text)
     kind = "match" if a and text in (gold, a) else judge(a, b)
-    if kind != "match" and b and ", " in b and (last := boxed_answer(text[-MAX_TEXT:], joined=False)) not in (None, b):
-        if judge(a, last) == "match":
+    if b is None and len(text) <= 80 and judge(a, text.strip()) == "match":
+        return Verdict("match", a, text.strip())
+    if kind in ("mismatch", "unparsed") and b and ", " in b:
+        last = boxed_answer(text[-MAX_TEXT:], joined=False)
+        if last and last != b and judge(a, last) == "match":
             return Verdict("match", a, last)
     return Verdict(kind, a, b)
 

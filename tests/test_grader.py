@@ -825,7 +825,7 @@ TRICKS = {
     "an unknown": ("5", r"\boxed{x}"),
     "a false equation": ("5", r"\boxed{5 = 6}"),
     "a false chain": ("5", r"\boxed{5 = 5 = 6}"),
-    "about": ("5", r"\boxed{5 \approx 6}"),
+    "about": ("6", r"\boxed{5 \approx 6}"),
     "a condition": ("5", r"\boxed{5 \text{ if } x > 0}"),
     "a denial": ("5", r"\boxed{\text{not } 5}"),
     "a second answer as text": ("5", r"\boxed{5 \text{ or maybe } 6}"),

@@ -165,6 +165,10 @@ def test_every_reward_runs_from_labels_to_a_model_that_transformers_loads(reward
     assert all(0 <= row["truncated"] <= 1 and row["tokens"] <= 24 for row in rows[1:])
     assert {"return", "success", "process_reward", "nonzero", "steps", "tokens_per_step", "repeats", "kl", "clip_fraction",
             "explained_variance"} <= rows[1].keys()  # fmt: skip
+    n = 16
+    for row in rows[1:]:  # the grader's verdicts on the finished answers
+        assert sum(row[kind] for kind in ("match", "mismatch", "unparsed", "timed_out")) == round(n * (1 - row["truncated"]))
+        assert row["match"] == round(n * row["success"])
     learns = reward != "success"  # a random policy is never right, and success alone gives it nothing to learn from
     assert rows[1]["kl"] == 0 and (rows[4]["kl"] != 0) == learns
     assert "greedy_accuracy" in rows[0] and "greedy_accuracy" in rows[2] and "greedy_accuracy" not in rows[3]
