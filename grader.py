@@ -264,7 +264,7 @@ def clean(answer: str) -> str:
         answer = re.sub(r"\\\\(?=[a-zA-Z{}])", r"\\", answer)  # escaped twice, as in JSON
     for pattern, replacement in CLEANERS:
         answer = pattern.sub(replacement, answer)
-    answer = answer.strip()
+    answer = answer.strip(" ,")
     return answer if answer.endswith("..") else answer.removesuffix(".").rstrip()
 
 
@@ -341,6 +341,7 @@ def tokenize(answer: str) -> list[tuple[str, object, bool]]:
         elif kind in ("text", "word"):
             words = match["text"].strip() if kind == "text" else token
             formula = kind == "text" and re.fullmatch(r"[^a-zA-Z\\]*[a-zA-Z]?[^a-zA-Z\\]*", words)  # \text{(A)}, \text{5}
+            raised = len(words) <= 3 and answer[match.end() :][:1] in ("^", "_") and words not in FUNCTIONS  # xee^{x}
             if words.strip(" ,") in ("and", "or"):
                 tokens.append(("symbol", words.strip(" ,"), blank))
             elif words in ("min", "sec") and (measured or last[0] == "text") and answer[match.end() :][:1] not in ("(", "{"):
@@ -355,7 +356,7 @@ def tokenize(answer: str) -> list[tuple[str, object, bool]]:
                 tokens += tokenize(words)
             elif re.fullmatch("d[xyzt]", words):
                 tokens.append(("variable", words, blank))
-            elif kind == "word" and is_product(words) and not (
+            elif kind == "word" and (is_product(words) or raised) and not (
                 per or (measured and words in SHORT_UNITS) or (last[0] == "text" and len(words) > 1)
             ):
                 tokens += [("variable", letter, blank and i == 0) for i, letter in enumerate(words)]

@@ -302,6 +302,29 @@ EQUAL = {
         ("9" * 3000, "9" * 3000), ("x" * 20_000, "x" * 20_000), ("1e999999999", "1e999999999"), ("999999999!", "999999999!"),
         ("9^{9^{9^{9}}}", "9^{9^{9^9}}"), ("10^{10^{10}}", r"10^{ 10^{10} }"),
     ],
+    "found by attack": [
+        (r"x\le90^\circ", r"x\le90"), ("45", r"45\text{ min}"), (r"45\text{ min}", r"45\text{ minutes}"),
+        ("80", "80 sec"), ("12", "12 square cm"), ("12", "12 cm squared"), (r"12\text{ cm}^2", "12 cm squared"),
+        (r"12\text{ cm}^2", r"12\text{ cm²}"), ("12", "12 hrs"), ("60", "60 km/h"),
+        (r"60\text{ mph}", r"60\text{ miles per hour}"), (r"\sqrt2", r"\sqrt2 \approx 1.414"),
+        (r"\frac13", r"\frac13 \approx 0.333"), (r"\frac13", "0.333..."), ("No", "no"), ("No", "NO"), ("C", "(C) 12"),
+        ("C", r"\textbf{(C)}\ 12"), ("C", "C. 12"), ("C", "Option C"), ("C", r"\text{option (C)}"),
+        ("no solution", r"\text{no solutions}"), (r"\infty", r"\text{Infinity}"),
+        (r"\emptyset", r"\text{the empty set}"), (r"\mathbb{R}", r"\text{all real numbers}"),
+        (r"\text{hyperbola}", "a hyperbola"), (r"\sqrt2", "2^0.5"), (r"\log_2 3", "log2(3)"), (r"\arctan 2", "atan(2)"),
+        (r"\lfloor n/2\rfloor", "⌊n/2⌋"), (r"\frac37", "3⁄7"), (r"x \in \{1,2,3\}", "x ∈ {1,2,3}"),
+        (r"\{x\mid x>3\}", r"\{y\mid y>3\}"), (r"\{x\mid x>3\}", r"\left\{x \,\middle|\, x>3\right\}"),
+        (r"\mathbb R\setminus\{1\}", r"\mathbb R-\{1\}"), ("x=3,y=-2", r"\begin{cases}x=3\\y=-2\end{cases}"),
+        ("12", r"\begin{aligned}x&=12\end{aligned}"), (r"3 \pmod 7", r"3\ (\text{mod }7)"), (r"3 \pmod 7", "3 (mod 7)"),
+        (r"x_{\max}=5", "5"), (r"\begin{pmatrix}1\\2\end{pmatrix}", r"A^{-1}=\begin{pmatrix}1\\2\end{pmatrix}"),
+        (r"63.75^\circ", r"63^\circ 45'"), (r"\binom{10}{3}", "{}_{10}C_3"), ("f(x)=2x", "f(n)=2n"),
+        ("1.4142135623730951", r"\sqrt2"), (r"2^{1000}\cdot 3^{500}", "2^{1000} 3^{500}"), (r"20\text{ percent}", "0.2"),
+        (r"20\%", r"20\text{ per cent}"), ("|x-5|<3", "2<x<8"), ("|x-5|<3", "(2,8)"),
+        (r"|2x+1|\ge 3", r"x\le -2 \text{ or } x\ge1"), ("12", r"\text{12 apples}"), ("(1,2)", "y=2,x=1"),
+        (r"x=1\quad y=2", "y=2, x=1"), ("(2n-1)!!", r"\frac{(2n)!}{2^n n!}"),
+        (r"\frac{1}{2^n}\binom{2n}{n}", r"\frac{(2n)!}{2^n n!^2}"), (r"[0^\circ,90^\circ)", "[0,90)"),
+        (r"0^\circ\le x<90^\circ", r"[0^\circ,90^\circ)"),
+    ],
 }
 DIFFERENT = {
     "toy world": [("49", "4"), ("02", "20"), ("00", "10"), ("49", "94"), ("49", "9")],
@@ -563,6 +586,34 @@ DIFFERENT = {
         ("10^{10^{10}}", "10^{10^{10}}+1"), ("0." + "0" * 400 + "1", "0"), ("2^{99999}", "2^{99998}"),
         ("1." + "0" * 4000 + "1", "1"), (r"\frac{1}{9^{9^9}}", "0"), ("(1+10^{-400})^2", "1"),
     ],
+    "found by attack": [
+        (r"0^\circ<x<90^\circ", r"0^\circ<x<80^\circ"), (r"x>90^\circ", r"x>80^\circ"), (r"x<20\%", r"x<30\%"),
+        ("(0,0)", "(5,5]"), ("(2,2)", "[7,7)"), ("(3,3)", r"x<0 \text{ and } x>1"), ("|x-5|<3", "x>2"),
+        (r"|x-5|\le3", r"x\ge2"), ("|x-5|>3", "x<2"), (r"x>0 \text{ and } y<5", r"y>0 \text{ and } x<5"),
+        (r"x<1 \text{ or } y>3", r"y<1 \text{ or } x>3"), (r"\text{-5 dollars}", r"\text{5 dollars}"),
+        ("5 million", "-5 million"), (r"\text{n-1 ways}", r"\text{n+1 ways}"), ("n ways", "n! ways"),
+        (r"\text{all x < 3}", r"\text{all x > 3}"), (r"\text{at least -5}", r"\text{at least 5}"), ("1:2:3", "0:0:0"),
+        ("0:1:2", "0:3:7"), ("0", "I(0)"), ("I(0)e^{-kt}", "N(0)e^{kt}"), ("V(1)", "V"), ("y_1=x", "y_2=x"),
+        ("a_n=2n+1", "a_{n+1}=2n+1"), ("f(x)=2x", "f(x+1)=2x"), ("f(x)=2x", "f'(x)=2x"), ("f(x)=2x", "g(x)=2x"),
+        (r"x=3 \quad y=4", r"x=7 \quad y=4"), (r"x=3\ y=4", r"x=5\ y=4"), ("y=2, x=1", "(2,1)"), ("xyz", "XYZ"),
+        ("AB", r"\text{ab}"), ("BAC", "CAB"), ("no", "on"), (r"5\text{ plus 2}", "5"), (r"5\text{ minus x}", "5"),
+        (r"3\text{ halves}", "3"), (r"5\text{ sixths}", "5"), (r"5\text{ out of 6}", "5"), (r"5\text{ mod 7}", "5"),
+        (r"5 \text{ (or 6)}", "5"), (r"5\text{ maybe}", "5"), ("y=1.4142135624", r"x=\sqrt2"),
+        ("x+y=1.4142135624", r"\sqrt2"), ("1000000000.0", "10^9+0.04"), ("1.0000000000", "1+10^{-20}"),
+        (r"2x \equiv 3 \pmod 5", r"2x \equiv 3 \pmod 7"), (r"2x=10\text{ cm}", r"2x=10\text{ m}"),
+        (r"(0,5\text{ m}]", r"(0,5\text{ cm}]"), (r"\tanh 100", "1"), (r"\sinh 200", r"\cosh 200"),
+        (r"1+\exp(-200)", "1"), (r"x+\exp(-100)", "x"), (r"\arctan(\exp(100))", r"\frac\pi2"),
+        (r"\pi+\frac1{99!!}", r"\pi"), ("e", r"\sum_{k=0}^{100}\frac1{k!}"), ("|ac|+b", "ac+b"),
+        (r"\frac{xz}{|xz|}+y", "1+y"), ("|x+100|", "x+100"), ("|x-50|", "50-x"), (r"\min(x,1000)", "x"),
+        ("x>2^{300}", "x>2^{300}+1"), ("[0,10^{100}]", "[0,10^{100}+1]"), (r"(1,\infty]", r"(1,\infty)"),
+        (r"\int_0^1 x dt", r"\int_0^1 t dx"), (r"1+2+\cdots+10", r"3+\cdots+10"), (r"\ln_2 8", r"\ln 8"),
+        ("1, 2_3", "12_3"), ("16:25", "4:25"), ("24:30", "12:30"), (r"\infty", r"\infty+1"), ("0", r"1/\infty"),
+        (r"p \land q", r"p \lor q"), (r"x \in A", "x = A"), ("2^3^2", "64"), (r"2\cdot3\frac12", "3"),
+        ("(1,000)", "(1,0)"), ("5 .5", "5.5"), ("5, 5", "5"), ("x<1 or x>3 and x<5", "x<1 and x>3 or x<5"),
+        (r"\ln x=5", "5"), (r"\sin x = 2", "2"), ("f(10^{30})", "f(10^{30}+1)"), (r"\log 8", "log2(3)"),
+        (r"3\frac{1}{2}'", "3"), (r"m^\circ<90^\circ", "m<80"), (r"\frac{dy}{dx}", r"\frac yx"), ("A", "(A) and (B)"),
+        ("A", "(A) or (C)"), ("A", "A:B"), ("C", "(D) 12"), ("C", "(A, C)"),
+    ],
 }
 # fmt: on
 
@@ -781,6 +832,54 @@ def test_every_kind_of_answer_has_equal_pairs_and_near_misses():
 def test_every_answer_equals_itself():
     answers = {a for table in (EQUAL, DIFFERENT) for pairs in table.values() for pair in pairs for a in pair}
     assert [a[:50] for a in sorted(answers) if a and not grade(a, a)] == []
+
+
+CHAT = [  # gold, and a response as chat models write it
+    ("x+1", "Thus, the answer is:\n\n\\[\nx+1\n\\]"),
+    ("x+1", "Answer:\n```\nx+1\n```"),
+    (r"2\sqrt3", r"Hence $BC = 2\sqrt{3}$."),
+    ("ab", "The product is $ab$."),
+    ("x+1", "### Answer\n**x+1**"),
+    ("(3,4)", "Final Answer\n\n(3, 4)"),
+    ("72", "Final Answer: **72** clips"),
+    ("5", "**Answer:** **5** apples"),
+    ("5", "**Answer**: **5**"),
+    ("5", "The answer is `5`"),
+    ("5", "It is 5."),
+    ("5", "There are 5."),
+    ("5", "Hence 5 apples."),
+    ("12", "12 cups of flour"),
+    ("12", r"\boxed{12 \text{ cups of flour}}"),
+    ("12", r"\boxed{12 cups of flour}"),
+    ("5", "<answer>5</answer>"),
+    ("C", "The correct option is C."),
+    ("C", "The correct choice is (C)."),
+    ("5", "The answer is 5. I am confident that the answer is correct."),
+    ("5", "Answer: 5\n\nThe answer is correct because $2+3=5$."),
+    ("7", "The answer is thus 7"),
+    ("5", "The answer is approximately 5"),
+    ("15", r"\boxed{\text{The answer is }15}"),
+    ("15", r"$\boxed{\text{Answer: }15}$"),
+    (r"\text{does not exist}", "does not exist"),
+    (r"\text{does not exist}", "Does not exist."),
+    (r"8\pi", r"The area is $8\pi$."),
+    ("15", r"\boxed{\text{15 apples}}"),
+    ("5", "She sells them for 5 dollars each, so 5"),
+    ("72", "Answer: 72 clips altogether in May"),
+]
+MISLEADING = [  # what is read out of the end of a sentence must not be a part of a number
+    ("8", "The area is 8π."), ("3", "The length is 2√3."), ("30", "We meet at 4:30 p.m."), ("2", "It is 5 cm^2."),
+]
+
+
+@pytest.mark.parametrize("gold, text", CHAT)
+def test_the_answer_is_found_in_what_chat_models_write(gold, text):
+    assert grade(gold, text)
+
+
+@pytest.mark.parametrize("gold, text", MISLEADING)
+def test_a_part_of_a_number_is_not_the_answer(gold, text):
+    assert not grade(gold, text)
 
 
 @pytest.mark.parametrize("text, answer", EXTRACTED.values(), ids=EXTRACTED)

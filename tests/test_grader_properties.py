@@ -75,8 +75,11 @@ PRINTED = (sp.sin, sp.cos, sp.tan, sp.cot, sp.log, sp.exp, sp.Abs)
 
 
 def sound(e):
-    """Is it finite, not 0, short, and of printable functions? A factorial that was changed might be of 2/5."""
+    """Is it finite, not 0, short, and of printable functions? A factorial that was changed might be of 2/5, and (-2)^n is
+    defined at integers only, where (-2)^{6n} is 2^{6n}."""
     printable = all(f.func in PRINTED or all(n.is_Integer and n > 0 for n in f.args) for f in e.atoms(sp.Function))
+    if any(power.base.is_negative and power.exp.free_symbols for power in e.atoms(sp.Pow)):
+        return False
     return printable and not e.has(sp.nan, sp.zoo, sp.oo) and e != 0 and len(sp.latex(e)) < 160
 
 
