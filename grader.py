@@ -161,6 +161,7 @@ def is_bare(text: str) -> bool:
 
 
 def last_in_prose(text: str) -> str | None:
+    """The last math segment or the last number, whichever is later."""
     found, found_end, end, opened = None, 0, 0, False
     for delimiter in MATH.finditer(text):
         segment, end = text[end : delimiter.start()].strip(" "), delimiter.end()
@@ -172,7 +173,8 @@ def last_in_prose(text: str) -> str | None:
         else:
             opened = True
     for number in reversed(list(NUMBER.finditer(text, found_end))):
-        before, after = text[: number.start()][-1:], text[number.end() :][:1]
+        start, stop = number.span()
+        before, after = text[max(0, start - 1) : start], text[stop : stop + 1]
         if before not in ("^", "_"):  # the 2 of cm^2 is not the answer; of 2π, √3 and 4:30 no part is
             return found if before in ("√", ":") or after in ("√", "π", "^", ":", "!") else number[0]
     return found
@@ -190,11 +192,10 @@ SPELLINGS = {  # the one spelling that the parser knows: LaTeX commands that mea
     r"\text": "mbox hbox mathrm textbf textrm textit textsf textnormal operatorname mathsf", "≤": "le leq leqslant leqq",
     "≥": "ge geq geqslant geqq", "≠": "ne neq", "≈": "approx simeq doteq", "*": "cdot times ast",
     "∅": "emptyset varnothing", "|": "mid vert lvert rvert", "∖": "setminus smallsetminus backslash",
-    "...": "dots ldots cdots dotsc",
-    "°": "circ degree", "<": "lt", ">": "gt", "÷": "div", "±": "pm",
-    "∓": "mp", "∈": "in", "∩": "cap", "∞": "infty", "π": "pi", "≡": "equiv", ":": "colon", r"\{": "lbrace",
-    r"\}": "rbrace", "[": "lbrack", "]": "rbrack", "'": "prime", r"\epsilon": "varepsilon", r"\phi": "varphi",
-    r"\theta": "vartheta", r"\tan": "tg", r"\arctan": "arctg", "∪": "cup bigcup",
+    "...": "dots ldots cdots dotsc", "°": "circ degree", "<": "lt", ">": "gt", "÷": "div", "±": "pm", "∓": "mp", "∈": "in",
+    "∩": "cap", "∪": "cup bigcup", "∞": "infty", "π": "pi", "≡": "equiv", ":": "colon", r"\{": "lbrace", r"\}": "rbrace",
+    "[": "lbrack", "]": "rbrack", "'": "prime", r"\epsilon": "varepsilon", r"\phi": "varphi", r"\theta": "vartheta",
+    r"\tan": "tg", r"\arctan": "arctg",
 }  # fmt: skip
 SPELLINGS = {command: spelling for spelling, commands in SPELLINGS.items() for command in commands.split()}
 CHARACTERS = dict(zip("−–×·⋅∙∗≦≧⩽⩾º′’~", "--*****≤≥≤≥°'' ")) | {"∛": r"\sqrt[3]"} | dict.fromkeys("\u200b\u2062\ufeff\0", "")
@@ -231,6 +232,7 @@ CLEANERS = [  # (pattern, replacement), in this order
     (r"([0-9]+) ?° ?([0-9]+) ?'(?: ?([0-9.]+) ?'')?", r"(\1+\2/60+0\3/3600)°"),
     (r"(?:\{\})?[_^] ?\{?([0-9]+)\}? ?C_ ?\{?([0-9]+)\}?", r"\\binom{\1}{\2}"),
     (r"\( ?(?:\\text ?\{ ?mod ?\}|\\[bp]?mod|mod) ?\{? ?([0-9]+) ?\}? ?\)", r"\\pmod{\1}"),
+    (r"\{ ?([a-zA-Z]) ?\}(?=_)", r" \1"),  # \mathbf{u}_1
     (r"\blog(2|10)\(", r"\\log_{\1}("), (r"\^ ?\((-?[0-9]+)\)", r"^{\1}"),
     (r"\\begin ?\{(cases|aligned|gathered|split)\}(.*)\\end ?\{\1\}", lambda m: m[2].replace("&", "").replace(r"\\", ",")),
     (r"^ ?\*\*(.*)\*\* ?$", r"\1"),
