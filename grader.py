@@ -75,10 +75,23 @@ MATH = re.compile(r"(?<!\\)\$\$?|\\[()\[\]]")  # where math mode begins or ends
 WORD = re.compile(r"(?!(?:and|or|sqrt|(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|ln|log|exp|pi)\b)\b[a-zA-Z]{2,}")
 PROSE = re.compile(r"\b(?!(?:and|or|sqrt|sin|cos|tan|log|exp|abc|xyz)\b)(?:[A-Za-z][a-z]{2,}|is|of|to|on|if|we|he)\b")
 NUMBER = re.compile(
+    r"[0-9]+(?::[0-9]+)+(?:\s?[aApP]\.?[mM]\b\.?)?|"
     r"(?:(?<![\w)}])[-−]\\?\$?)?"  # 5-3 ends in 3, not in -3
     r"(?:[0-9]+(?:,[0-9]{3}(?![0-9]))*(?:[.][0-9]+|,[0-9]{2}(?![0-9]))?|\.[0-9]+)(?:[eE][-+]?[0-9]+|/[0-9]+)?(?:\\?%)?"
 )
-JOINT = re.compile(r"[,;+&]*|(?:,|[a-z]+|for part \([a-z]\))?(?:and|or)(?:[a-z]_\d=)?")  # between boxes of one answer
+PART_BEFORE = re.compile(
+    r"(?:[-+/^√π(]|(?<!\*)\*|\w\*\*|[0-9]:?|"
+    r"\b(?:not|than|minus|negative|plus|times|over|root of|mod|base|sqrt|sin|cos|tan|ln|log)) ?$"
+)
+PART_AFTER = re.compile(
+    r" ?[√π^!]|:[0-9]|[)\]]|(?!(?:[a-z]{4,}|cm|mm|km|kg|mg|ml|ft|lbs?|hrs?|mph|am|pm|st|nd|rd|th)\b|[mc]?m[²³])[a-zA-Z]|"
+    r" ?[-+*/] ?[0-9a-z(]| (?:hundred|thousand|million|billion|trillion|dozen|mod|base|choose)\b"
+)
+FIRST_SEGMENT = re.compile(
+    r"(?:\$([^$]+)\$|\\\((.+?)\\\))(?!\W*(?:and|or|times|plus|minus|hundred|thousand|million|billion)\b)"
+)
+DOUBT = re.compile(r"\b(?:not|more|less|fewer|than|root|least|most|except|between|power|maybe|or)\b", re.IGNORECASE)
+JOINT = re.compile(r"[,;+&]*|(?:,|[a-z]+|for part \([a-z]\))?(?:and|or)(?:[a-z](?:_\d)?=)?")  # between boxes of one answer
 
 
 def extract(text: str) -> str | None:
@@ -103,11 +116,14 @@ def marked_answer(text: str) -> str | None:
             return boxed
         _, final, rest = text.rpartition("####")
         if not final:
-            rest = text[max((match.end() for match in MARKER.finditer(text)), default=len(text)) :]
+            marks = [m.end() for m in MARKER.finditer(text) if m[0] != "A: " or not re.search("^B: ", text, re.MULTILINE)]
+            rest = text[max(marks, default=len(text)) :]
         line = first_statement(rest)
     if not is_bare(line):  # "Final answer: $3$, since x is 5", "Final answer: the largest n is 34"
-        first = re.match(r"\$([^$]+)\$|\\\((.+?)\\\)", line)
-        line = first[1] or first[2] if first else last_in_prose(line) or line
+        if first := FIRST_SEGMENT.match(line):
+            line = first[1] or first[2]
+        elif len(NUMBER.findall(line)) <= 1 and not DOUBT.search(line):
+            line = last_in_prose(line) or line
     return line.lstrip(" $*").rstrip(" .$*\r") or None
 
 
@@ -174,9 +190,9 @@ def last_in_prose(text: str) -> str | None:
             opened = True
     for number in reversed(list(NUMBER.finditer(text, found_end))):
         start, stop = number.span()
-        before, after = text[max(0, start - 1) : start], text[stop : stop + 1]
-        if before not in ("^", "_"):  # the 2 of cm^2 is not the answer; of 2π, √3 and 4:30 no part is
-            return found if before in ("√", ":") or after in ("√", "π", "^", ":", "!") else number[0]
+        before, after = text[max(0, start - 12) : start], text[stop : stop + 12]
+        if not before.endswith(("^", "_")):  # the 2 of cm^2 is not the answer; of 2π, √3, 2x, 3+5 and "not 5" no part is
+            return found if PART_BEFORE.search(before) or PART_AFTER.match(after) else number[0]
     return found
 
 
@@ -187,7 +203,8 @@ PLAIN = re.compile(  # -5, 1,234.5, .5, and with a decimal comma 1,50 and 0,125
 )
 SPELLINGS = {  # the one spelling that the parser knows: LaTeX commands that mean the same
     "": "left right bigl bigr Bigl Bigr biggl biggr Biggl Biggr big Big bigg Bigg displaystyle textstyle limits rm bf it "
-    "mathbf boldsymbol bm mathit boxed middle large Large LARGE huge Huge small underline bold pmb tt ensuremath",
+    "mathbf boldsymbol bm mathit boxed middle large Large LARGE huge Huge small underline bold pmb tt ensuremath "
+    "vec mathcal", r"\overline": "bar", r"\pmod": "mod",
     " ": "enspace thinspace", r"\frac": "dfrac tfrac cfrac", r"\binom": "dbinom tbinom",
     r"\text": "mbox hbox mathrm textbf textrm textit textsf textnormal operatorname mathsf", "≤": "le leq leqslant leqq",
     "≥": "ge geq geqslant geqq", "≠": "ne neq", "≈": "approx simeq doteq", "*": "cdot times ast",
@@ -202,6 +219,9 @@ CHARACTERS = dict(zip("−–×·⋅∙∗≦≧⩽⩾º′’~", "--*****≤≥
 CHARACTERS |= dict(zip("⌊⌋⌈⌉⟨⟩△∠", (rf"\{c} " for c in "lfloor rfloor lceil rceil langle rangle triangle angle".split())))
 CHARACTERS = str.maketrans(CHARACTERS | {"⁄": "/", "∶": ":", "Ø": "∅"})
 DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ₀₁₂₃₄₅₆₇₈₉ₙ", "0123456789+-n0123456789n")
+
+
+CONDITION = re.compile(r"(?<![=<>≤≥≠≈])(?<![=<>≤≥≠≈] )& ?(?![=<>≤≥≠≈ ])|\\text")  # of a piecewise function
 
 
 def vulgar_fraction(character: str) -> str:
@@ -228,13 +248,17 @@ CLEANERS = [  # (pattern, replacement), in this order
     (r"^ ?([-+]?[1-9][0-9]{0,2})((?: [0-9]{3})+)(?![0-9/])", lambda m: m[1] + m[2].replace(" ", "")),  # 1 000
     (r" ?\^ ?(?:°|\{ ?° ?\})", "°"), (r"\^ ?\{ ?('+) ?\}", r"\1"),
     (r"^ ?(?:≈|=|∴|⇒|\\(?:therefore|Rightarrow|implies)(?![a-zA-Z]))|\\(?:text)?color ?\{[a-zA-Z]*\}", ""),
-    (r"\\[hv]space ?\{[^{}]*\}", " "), (r"^ ?\\text ?\{[^{}]*(?:\bis|:) ?\}", ""),  # \text{The answer is }15
+    (r"\\[hv]space ?\{[^{}]*\}", " "),
+    (r"^ ?\\text ?\{(?![^{}]*(?:[Nn]ot\b|except))[^{}]*(?:\bis|:) ?\}", ""),  # \text{The answer is }15
     (r"([0-9]+) ?° ?([0-9]+) ?'(?: ?([0-9.]+) ?'')?", r"(\1+\2/60+0\3/3600)°"),
     (r"(?:\{\})?[_^] ?\{?([0-9]+)\}? ?C_ ?\{?([0-9]+)\}?", r"\\binom{\1}{\2}"),
     (r"\( ?(?:\\text ?\{ ?mod ?\}|\\[bp]?mod|mod) ?\{? ?([0-9]+) ?\}? ?\)", r"\\pmod{\1}"),
+    (r"\bm ?(?=\\angle)", ""),
+    (r"^ ?([\[\]])([^\[\]()]*,[^\[\]()]*)([\[\]]) ?$", lambda m: "(["[m[1] == "["] + m[2] + ")]"[m[3] == "]"]),  # ]0,1]
     (r"\{ ?([a-zA-Z]) ?\}(?=_)", r" \1"),  # \mathbf{u}_1
     (r"\blog(2|10)\(", r"\\log_{\1}("), (r"\^ ?\((-?[0-9]+)\)", r"^{\1}"),
-    (r"\\begin ?\{(cases|aligned|gathered|split)\}(.*)\\end ?\{\1\}", lambda m: m[2].replace("&", "").replace(r"\\", ",")),
+    (r"\\begin ?\{(cases|aligned|gathered|split)\}(.*)\\end ?\{\1\}",
+     lambda m: m[0] if CONDITION.search(m[2]) else m[2].replace("&", "").replace(r"\\", ",")),
     (r"^ ?\*\*(.*)\*\* ?$", r"\1"),
     (r" ?\\text ?\{ ?to ?\} ?|(?<=[0-9]) to (?=[0-9])", ":"),
     (r"(^ ?|[(,\[] ?)([-+]) ?([$€£]) ?", r"\1\3\2"),  # -$5
@@ -272,7 +296,7 @@ def clean(answer: str) -> str:
 
 def same_string(a: str, b: str) -> bool:
     r"""Equal but for blanks, \text, the brackets of a choice (A) and the case of words? In math x is not X."""
-    words = sum(bool(WORDS.fullmatch(s)) and not is_product(s.capitalize()) for s in (a, b))
+    words = sum(bool(WORDS.fullmatch(s)) and not is_product(s.lower()) for s in (a, b))
     a, b = (re.sub(r"^\(([a-zA-Z])\)$", r"\1", BLANK.sub("", TEXT.sub(r"\1", s)).removesuffix(".")) for s in (a, b))
     return a == b or (a.casefold() == b.casefold() and (words == 2 or (words and len(a) >= 3)))
 
@@ -286,7 +310,7 @@ class Unparsed(Exception):
 
 FUNCTIONS = set(
     "sin cos tan cot sec csc sinh cosh tanh coth sech csch arcsin arccos arctan arccot arcsec arccsc exp ln log lg min max "
-    "gcd lcm abs".split()
+    "gcd lcm abs cis".split()
 )
 GREEK = set(
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau phi chi psi omega Gamma Delta "
@@ -296,7 +320,7 @@ CONSTANTS = ("π", "e", "i")
 PLAIN_WORDS = {"sqrt": r"\sqrt", "pi": "π", "infinity": "∞", "infty": "∞", "inf": "∞", "oo": "∞", "Infinity": "∞", "U": "∪"}
 PLAIN_WORDS |= {"union": "∪", "atan": r"\arctan", "asin": r"\arcsin", "acos": r"\arccos"}
 SHORT_WORDS = {"no", "No", "of", "is", "to", "on", "if", "we", "he"}  # but ax + by
-SHORT_UNITS = set("cm mm km kg mg ml mL ft mi hr hrs lb lbs pts oz in yd pm am mph cc sq".split())
+SHORT_UNITS = set("cm mm km kg mg ml mL ft mi hr hrs lb lbs pts oz in yd pm am mph kph rpm pct cc sq".split())
 UNIT_LETTERS = set("ghlmsLNJWVKFCA")  # 5\text{ m} is a length, 5\text{ x} a product
 RELATIONS = tuple("=<>≤≥≠≈≡∈")
 CLOSING = {"(": ")", "[": "]", r"\{": r"\}", "{": "}", r"\langle": r"\rangle", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
@@ -309,7 +333,7 @@ TOKEN = re.compile(
     |\\text\{(?P<text>(?:[^{}]|\{[^{}]*\})*)\}
     |(?P<environment>\\(?:begin|end)[ ]?\{[a-zA-Z]+\*?\})(?:[ ]?\{[clr| ]*\})?
     |(?P<name>\\(?:overline|bar|vec|hat|widehat|overrightarrow|overarc|tilde|mathcal|mathbb|mathfrak)[ ]?\{[^{}]+\}
-        |(?:\\angle|∠|\\vec|\\hat|\\bar)[ ]?[a-zA-Z]+|\.\.\.)
+        |(?:\\angle|\\hat|\\overline)[ ]?[a-zA-Z]+|\.\.\.)
     |(?P<word>[a-zA-Z]+)
     |(?P<symbol>\\[a-zA-Z]+|\\[{}|\\]|.)""",
     re.VERBOSE,
@@ -344,6 +368,7 @@ def tokenize(answer: str) -> list[tuple[str, object, bool]]:
             words = match["text"].strip() if kind == "text" else token
             formula = kind == "text" and re.fullmatch(r"[^a-zA-Z\\]*[a-zA-Z]?[^a-zA-Z\\]*", words)  # \text{(A)}, \text{5}
             raised = len(words) <= 3 and answer[match.end() :][:1] in ("^", "_") and words not in FUNCTIONS  # xee^{x}
+            glued = not blank and (measured or last[0] == "variable") and len(words) <= 4 and words not in UNIT_NAMES  # 2abx
             if words.strip(" ,") in ("and", "or"):
                 tokens.append(("symbol", words.strip(" ,"), blank))
             elif words in ("min", "sec") and (measured or last[0] == "text") and answer[match.end() :][:1] not in ("(", "{"):
@@ -352,13 +377,13 @@ def tokenize(answer: str) -> list[tuple[str, object, bool]]:
                 tokens.append(("symbol", PLAIN_WORDS.get(words, "\\" + words), blank))
             elif kind == "text" and "," in words:
                 tokens += tokenize(",".join(rf"\text{{{word}}}" for word in words.split(",")))
-            elif formula and not (measured and words in UNIT_LETTERS):
+            elif formula and not (measured and words.partition("^")[0] in UNIT_LETTERS):
                 tokens += tokenize(words)
             elif kind == "text" and not tokens and words[:1].isdigit():  # \text{15 apples}
                 tokens += tokenize(words)
-            elif re.fullmatch("d[xyzt]", words):
+            elif re.fullmatch("d[xyzt]|[HT]{2,}|[A-Z]{3,}", words):  # THH is a name, and no product
                 tokens.append(("variable", words, blank))
-            elif kind == "word" and (is_product(words) or raised) and not (
+            elif kind == "word" and (is_product(words) or raised or glued) and not (
                 per or (measured and words in SHORT_UNITS) or (last[0] == "text" and len(words) > 1)
             ):
                 tokens += [("variable", letter, blank and i == 0) for i, letter in enumerate(words)]
@@ -369,11 +394,11 @@ def tokenize(answer: str) -> list[tuple[str, object, bool]]:
 
 
 def is_product(word: str) -> bool:
-    """Are these letters a product, as xy, abc or AB are? Longer words are none: hot is no h*o*t."""
+    """Are these letters a product, as xy, abc, nRT and AB are? Longer words, and those with a vowel, are none."""
     if len(word) <= 2:
         return word not in SHORT_WORDS
-    alphabetical = list(word) == sorted(word) and not (set(word) & set("aeiou") and word not in "abcdefghijklmnopqrstuvwxyz")
-    return len(word) <= 4 and (word.isupper() or alphabetical)
+    consonants = not set(word.lower()) & set("aeiouy")
+    return len(word) <= 4 and (word.isupper() or consonants or "".join(sorted(word)) in "abcdefghijklmnopqrstuvwxyz")
 
 
 def to_number(text: str) -> int | Fraction:
@@ -443,9 +468,17 @@ class Parser:
                 groups.append([])
             groups[-1].append(self.relation())
         nodes = [node for group in groups for node in group]
+        for i, node in enumerate(nodes[1:], 1):  # x ≠ 1, 2
+            if exact(node) and kind_of(nodes[i - 1]) == "order" and nodes[i - 1][2:3] == ("≠",):
+                nodes[i] = (*nodes[i - 1][:3], node)
         if len(nodes) > MAX_ITEMS:
             raise Unparsed("too many elements")
-        if {",", ";"} <= separators:
+        names = [node[1] for node in nodes if kind_of(node) == "named"]
+        n = len(set(names))
+        rounds = [nodes[i : i + n] for i in range(0, len(nodes), n)] if n > 1 and len(names) == len(nodes) > n else []
+        if rounds and all({node[1] for node in group} == set(names) for group in rounds):  # x=1, y=2 or x=2, y=1
+            nodes = [("seq", "()", *sorted(group, key=lambda node: str(node[1]))) for group in rounds]
+        elif {",", ";"} <= separators:
             nodes = [("seq", "()", *group) if len(group) > 1 else group[0] for group in groups]
         elif len(nodes) > 1 and all(kind_of(node) == "order" for node in nodes):
             if separators >= {"and", "or"}:
@@ -459,13 +492,17 @@ class Parser:
         """a, a <= b < c, x in S, a = b = c, of which the last counts: with a name before it, it is ("named", a, c)."""
         members, signs = [self.union()], []
         while sign := self.accept(*RELATIONS):
-            if signs and self.peek(-2)[0] == "variable" and self.peek(-2)[2] and self.peek(-3)[0] == "number":
+            value_before = self.peek(-3)[0] in ("number", "value") or self.peek(-3)[1] in ("}", ")")
+            if signs and self.peek(-2)[0] == "variable" and self.peek(-2)[2] and value_before:
                 raise Unparsed("two equations side by side")  # x=3\ y=4
             signs.append(sign)
             members.append(self.union())
         first, last = members[0], members[-1]
         if not signs:
-            return first
+            if kind_of(first) == "call" and len(first) > 3 and first[1].isupper():  # the point P(1, 2)
+                return ("named", ("variable", first[1]), ("seq", "()", *first[2:]))
+            point = kind_of(first) == "*" and kind_of(first[1]) == "variable" and is_list(first[2], "()")
+            return ("named", *first[1:]) if point and first[1][1].isupper() else first
         if set(signs) <= set("<>≤≥≠"):
             return ("order", first, *(x for pair in zip(signs, members[1:]) for x in pair))
         if "≈" in signs:  # of x = 1/3 ≈ 0.33 the exact value counts
@@ -473,7 +510,9 @@ class Parser:
             last, signs = members[i if i or not is_name(first) else 1], ["="]
         if not set(signs) <= {"=", "≡"} and signs != ["∈"]:
             raise Unparsed("a mixture of relations")
-        if signs == ["∈"] and kind_of(last) not in ("seq", "∪", "∩", "∖", "ℝ"):
+        if signs == ["∈"] and not is_name(first):
+            raise Unparsed("a statement")
+        if signs == ["∈"] and kind_of(last) not in ("seq", "∪", "∩", "∖", "ℝ") and str(last[1:2])[2:9] != r"\\mathb":
             raise Unparsed("in what?")
         if is_list(last, "{}") and signs == ["∈"]:
             last = ("seq", r"\{\}", *last[2:])
@@ -481,6 +520,10 @@ class Parser:
             return last  # A^{-1} = ...
         if kind_of(first) == kind_of(last) == "seq" and len(first) == len(last) and is_name(first):
             return ("seq", first[1], *(("named", x, y) for x, y in zip(first[2:], last[2:])))  # (x, y) = (1, 2)
+        if len(signs) > 1 and any(is_name(member) and kind_of(member) != "call" for member in members[1:]):
+            raise Unparsed("a chain of names")
+        if len(signs) > 1 and not is_name(first) and any(variables(m) - variables(last) for m in members):
+            raise Unparsed("several equations")
         if is_name(first):
             return ("named", first, last)
         if is_name(last) and signs == ["="]:
@@ -503,9 +546,13 @@ class Parser:
 
     def quantity(self):
         """A sum and its unit: $5, 5 cm^2, 12 square inches, 3 (mod 7)."""
-        unit, modulus = [symbol] if (symbol := self.accept("$", "€", "£")) else [], ""
+        scales = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+        unit, modulus = [symbol] if (symbol := self.accept("$", "€", "£", "¥")) else [], ""
         node = self.sum()
-        while self.peek()[0] == "text" or self.sees("$", "€", "£", "/", r"\pmod") or (self.sees("*") and unit):
+        while self.peek()[0] == "text" and (words := self.peek()[1].split())[0] in scales:
+            node = times(node, scales[words[0]])
+            self.tokens[self.i : self.i + 1] = [("text", " ".join(words[1:]), True)] if words[1:] else []
+        while self.peek()[0] == "text" or self.sees("$", "€", "£", "¢", "/", r"\pmod") or (self.sees("*") and unit):
             self.i += 1
             if self.peek(-1)[1] == r"\pmod":
                 modulus = f"mod {self.atom()}"
@@ -537,7 +584,9 @@ class Parser:
             elif self.sees("/", "÷") and self.peek(1)[0] != "text":
                 self.i += 1
                 node = ("/", node, self.signed())
-            elif self.peek()[0] == "number" and last[1] in ("!", ")", "i", "π", "}" if self.peek(1)[1] == "^" else ")"):
+            elif self.peek()[0] == "number" and last[1] == ")" and self.peek(-3)[1] != "(":  # but (a) 3 (b) 1 has two parts
+                node = times(node, self.power())
+            elif self.peek()[0] == "number" and last[1] in ("!", "i", "π", "}" if self.peek(1)[1] == "^" else "!"):
                 node = times(node, self.power())
             elif self.peek()[0] == "number":
                 top, slash, bottom = self.peek(), self.peek(1)[1], self.peek(2)
@@ -551,6 +600,8 @@ class Parser:
                     raise Unparsed("a mixed number, or a product?")
                 node = mixed(node, factor) if fraction and is_proper(factor) else times(node, factor)
             elif sign := self.accept("%", "°"):
+                if kind_of(node) == "variable" and self.starts_factor():
+                    raise Unparsed("functions of functions")
                 node = (sign, node)
             else:
                 return node
@@ -706,6 +757,8 @@ class Parser:
             argument = self.power()
             while self.starts_factor() and not self.sees("(", "[", "|", *("\\" + f for f in FUNCTIONS)):
                 argument = times(argument, self.power())
+            if self.sees("("):
+                raise Unparsed(f"what is {name} of?")
             argument = times(-1, argument) if negative else argument
         argument = ("°", argument) if self.accept("°") else argument
         if base is not None and name != "log":
@@ -774,7 +827,8 @@ def is_name(node) -> bool:
     if kind in ("variable", "call", "text") or node in (("constant", "i"), ("constant", "e")):
         return True
     if kind in ("*", "/"):
-        return all(is_name(n) and not (kind_of(n) == "variable" and n[1][0].islower()) for n in children(node))
+        lower = [n for n in children(node) if kind_of(n) == "variable" and re.match("[a-z](?<!d)|d$", n[1])]  # but dy/dx
+        return not lower and all(map(is_name, children(node)))
     if kind == "fn":
         return all(is_name(n) and all(v[1][:1].isupper() or v[1][0] == "\\" for v in variables(n)) for n in children(node))
     return kind in ("ratio", "seq", "'") and all(map(is_name, children(node)))
@@ -847,6 +901,7 @@ def determinant(rows):
     return plus(*(times((-1) ** j, times(rows[0][j], determinant(minor))) for j, minor in enumerate(minors)))
 
 
+SMALL_NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 UNIT_NAMES = {  # unit: its spellings, without a plural s
     "%": "percent percentage pct", "$": "dollar usd buck", "€": "euro", "¢": "cent", "°": "degree deg", "cm": "centimeter "
     "centimetre", "mm": "millimeter millimetre", "m": "meter metre", "km": "kilometer kilometre", "in": "inche inch",
@@ -861,7 +916,7 @@ NO_UNIT = set(
     "and or not more less fewer than above below least most over under base remainder pi hundred thousand million "
     "billion trillion quadrillion dozen score ten half halves third quarter fourth fifth sixth seventh eighth ninth tenth "
     "eleventh twelfth hundredth thousandth millionth squared cubed factorial choose times plus minus negative if for where "
-    "when with is are to maybe except root divided halved doubled tripled".split()
+    "when with is are to maybe except root divided halved doubled tripled bn mn mil mln grand by until through".split()
 )
 
 
@@ -870,13 +925,15 @@ def canonical_unit(words: list[str]) -> str:
     text = re.sub("[.{}*]", "", " ".join(words).lower()).replace("per cent", "percent").replace("per ", "/ ")
     power, names = "", []
     for plural in text.replace("/", " / ").replace("^ ", "^").split():
-        word = plural.removesuffix("s") if len(plural) > 2 and not plural.endswith("ss") else plural
+        word, _, exponent = plural.partition("^")
+        word = word.removesuffix("s") if len(word) > 2 and not word.endswith("ss") else word
         if word in ("squared", "cubed") and names:
             names[-1] += "^2" if word == "squared" else "^3"
             continue
-        if {word, plural} & NO_UNIT or re.search(r"(?<!\^)(?<!\^-)[0-9(\[=<>]", word):
+        word = UNIT_NAMES.get(word, word) + (f"^{exponent}" if exponent else "")
+        counted = re.search(r"(?:teen|ie)th$|(?<!\^)(?<!\^-)[0-9(\[=<>]", word)  # 5 sixteenths, 5 out of 6
+        if counted or {word, plural} & (NO_UNIT | set(SMALL_NUMBERS)):
             raise Unparsed(f"{word!r} is no unit")
-        word = UNIT_NAMES.get(word, word)
         if word in ("square", "cubic"):
             power = "^2" if word == "square" else "^3"
         elif word.startswith("^") and names:
@@ -901,14 +958,21 @@ class Point(dict):
     base = mp.mpf(7) / 3  # of a \log without one: it is equal only to what it equals in any base
 
 
-def points(names: set):
-    """Points to compare at: of all signs and of several sizes, integers too, where (-1)^n and n! are defined."""
-    for i, scale in enumerate((0, 1, 10, 0, 10**5, 10**5, 0, 1, 10, 0, 1, 10)):
-        rng, point = random.Random(i), Point()
+def points(names: set, literals: set = frozenset()):
+    """Points to compare at: of all signs and of several sizes, integers too, where (-1)^n and n! are defined, and then some
+    between the literals, where |x - 3| has its kinks."""
+    ends = sorted({Fraction(0), *literals, *(-x for x in literals)})
+    ends = [ends[0] - 1, *ends, ends[-1] + 1]
+    scales = (0, 1, 10, 1, 10**5, 10**5, 0, 1, 10, 0, 1, 0)
+    for i in range(48):
+        rng, point, scale = random.Random(i), Point(), scales[i] if i < 12 else 10 ** (i % 4)
         point.base = mp.mpf(rng.randrange(2 * 10**6, 10**7)) / 10**6
         for k, name in enumerate(sorted(names)):
-            sign = {1: -1, 2: (-1) ** k, 4: -1, 5: (-1) ** (k // 2), 7: 1}.get(i, rng.choice((1, -1)))
-            point[name] = scale * sign * Fraction(rng.randrange(10**5, 10**6), 10**6 + 3) if scale else rng.randrange(1, 40)
+            sign = {1: -1, 2: (-1) ** k, 3: 1, 4: -1, 5: (-1) ** (k // 2), 7: 1}.get(i, rng.choice((1, -1)))
+            x, j = Fraction(rng.randrange(10**5, 10**6), 10**6 + 3), (i * (k + 1)) % (len(ends) - 1)
+            point[name] = sign * x * scale if scale else 2 * rng.randrange(1, 20) + (i + k) % 2
+            if i >= 12 and i % 4:
+                point[name] = ends[j] + x * (ends[j + 1] - ends[j])
         yield point
 
 
@@ -1061,6 +1125,8 @@ OPERATIONS = {  # name -> function of a point and of the values
 def function(name: str, point: Point, x):
     """sin, ln, ... of mpmath's."""
     (x,) = limited(200, x)
+    if name == "cis":
+        return mp.expj(x)
     return mp.ln(x) / mp.ln(point.base) if name == "log" else getattr(mp, name.replace("arc", "a"))(x)
 
 
@@ -1110,10 +1176,10 @@ def magnitude(node) -> float:
 
 
 def digits_needed(*nodes) -> int:
-    n = 20 + math.ceil(sum(map(digits, nodes)))
-    if n > MAX_DIGITS:
+    n = sum(map(digits, nodes))
+    if not n <= MAX_DIGITS:
         raise Unparsed("too many digits")
-    return n
+    return 20 + math.ceil(n)
 
 
 def close(x, y, n: int) -> bool:
@@ -1140,9 +1206,11 @@ def agree(a, b, point: Point) -> bool:
 def equal(a, b) -> bool:
     """Are two expressions equal wherever both are defined? Raises Unparsed if one is no number, or too large."""
     names, unparsed = variables(a) | variables(b), None
+    pieces = any(kind_of(n) == "fn" and n[1] in ("abs", "min", "max", r"\lfloor", r"\lceil") for n in walk(("+", a, b)))
+    literals = {n for n in walk(("+", a, b)) if exact(n)} if pieces else set()
     for real in (True, False) if a != b else ():
         tried = 0
-        for point in points(names):
+        for point in points(names, literals):
             point.real = real
             try:
                 if not agree(a, b, point):
@@ -1155,7 +1223,7 @@ def equal(a, b) -> bool:
                 unparsed = problem
                 continue
             tried += 1
-            if tried == 6 or not names:
+            if tried == (40 if pieces else 6) or not names:
                 return True
         if tried >= 3:
             return True
@@ -1166,6 +1234,8 @@ def equal(a, b) -> bool:
 
 def proportional(a, b, positive: bool = False) -> bool:
     """Is a = c b, for a constant c that is not 0 (or is positive)?"""
+    if not variables(a) or not variables(b):
+        return False
     quotients, n = [], digits_needed(a, b)
     mp.dps = 2 * n
     for point in points(variables(a) | variables(b)):
@@ -1187,7 +1257,6 @@ SYNONYMS = {
     "all real numbers": ("ℝ",), "all reals": ("ℝ",), "empty set": ("seq", r"\{\}"), "dne": ("text", "does not exist"),
     "no solutions": ("text", "no solution"),
 }  # fmt: skip
-SMALL_NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 CHOICE = re.compile(r"\(?([A-J])\)?")
 OPTION = re.compile(r"(?:[Oo]ption |[Cc]hoice )?\(?([A-J])(?:\)|(?:\) ?|[.:] )(?!.*\b[A-J]\b)\S.*)?")  # (C) 12, C. 12
 LONG_DECIMAL = re.compile(r"[-+]?(\d*)\.(\d+)", re.ASCII)
@@ -1254,8 +1323,8 @@ def date(answer: str):
 
 def based_number(answer: str):
     """101_2, 1A3_{16}, (101)_2, 101 base 2 -> ("based", digits, base)"""
-    plain = TEXT.sub(r" \1 ", answer)
-    base = r"(?:_ ?\{? ?|,? ?(?:in )?base ?)(\w+)\s*\}{0,2}"
+    plain = TEXT.sub(r" \1 ", answer).strip()
+    base = r"(?:_ ?\{? ?(?:base *)?|,? ?\(?(?:in )?base *)(\w+)\s*[})]{0,2}"
     match = re.fullmatch(rf"\{{?(-?)[({{]?([0-9A-Z.]+)[)}}]?\s*{base}", plain, re.ASCII)
     if not match or not re.search("[0-9]", match[2]):
         return None
@@ -1264,8 +1333,8 @@ def based_number(answer: str):
 
 
 def choice(answer: str):
-    r"""(A), A) and \text{(A)} are the choice A; BAC, alone, is an order or a name, and no product."""
-    match = re.fullmatch(r"\(?([A-Z])\)|([A-Z]{3,})", TEXT.sub(r"\1", answer).strip())
+    r"""(A), A) and \text{(A)} are the choice A, as (II) and II are."""
+    match = re.fullmatch(r"\(?([A-Z]|[IVX]+)\)|([IVX]{2,})", TEXT.sub(r"\1", answer).strip())
     return ("variable", match[1] or match[2]) if match else None
 
 
@@ -1300,8 +1369,8 @@ def is_rounded(a: str, b: str) -> bool:
         if not exact(node) or (exact(x := value(other, Point())) and 10**99 % x.denominator == 0):
             return False
         x, y = mp.mpf(match[0]), inexact(value(other, Point()))
-        long = len((match[1] + match[2]).lstrip("0")) >= 16  # the double that Python prints is off in its last digit
-        return abs(x - y) <= max(mp.mpf(10) ** -len(match[2]) / 2, abs(y) * mp.mpf(2) ** -52 * long)
+        long = len((match[1] + match[2]).lstrip("0")) in (16, 17)  # the double that Python prints is off in its last digit
+        return mp.isfinite(y) and abs(x - y) <= max(mp.mpf(10) ** -len(match[2]) / 2, abs(y) * mp.mpf(2) ** -52 * long)
     except (Undefined, Unparsed):
         return False
 
@@ -1329,7 +1398,7 @@ def same(a, b) -> bool:
         return same_equation(a, b)
     if kinds & {"seq", "matrix"}:
         shapes = len(kinds) == 1 and len(a) == len(b) and (a[1] == b[1] or kinds == {"seq"} and {a[1], b[1]} == {"{}", "()"})
-        return shapes and all(map(same, a[2:], b[2:]))
+        return shapes and all(map(same_item, a[2:], b[2:]))
     if "clock" in kinds:
         return same_time(a, b)
     if kinds == {"ratio"} and len(a) == len(b) > 3:
@@ -1343,6 +1412,8 @@ def same(a, b) -> bool:
         return False
     if equal(x, y):
         return True
+    if any(kind_of(n) == "+" and "°" in map(kind_of, n) for n in (x, y)):  # 180° - x is 180 - x
+        return same(*(plus(*(split_unit(term)[0] for term in n[1:])) if kind_of(n) == "+" else n for n in (x, y)))
     if unit_x == unit_y or "%" not in (unit_x, unit_y):
         return False
     return equal(("%", x), y) if unit_x == "%" else equal(x, ("%", y))  # 20% is 20 or 1/5; 20 is never 1/5
@@ -1350,7 +1421,8 @@ def same(a, b) -> bool:
 
 def same_time(a, b) -> bool:
     if kind_of(a) == kind_of(b):
-        return a[2] == b[2] and (a[1] == b[1] if a[3] == b[3] else a[1] % 720 == b[1] % 720)
+        known = a[3] == b[3] or any(not 60 <= n[1] < 780 for n in (a, b) if not n[3])  # 16:30 is in the afternoon
+        return a[2] == b[2] and (a[1] == b[1] if known else a[1] % 720 == b[1] % 720)
     clock, other = (a, b) if kind_of(a) == "clock" else (b, a)  # 7:32 may be a ratio
     plain = kind_of(other) == "ratio" and clock[2] == 0 and not clock[3]
     return plain and same(("ratio", clock[1] // 60, clock[1] % 60), other)
@@ -1372,10 +1444,11 @@ def same_equation(a, b) -> bool:
             if not (variables(content) and variables(b[2])):
                 return False
             others = [kind_of(y[1]) for x, y in ((a, b), (b, a)) if is_definition(x)]
-            if "variable" in others and same(content, b[2]):
+            if "variable" in others and not {name, b[1]} & variables(content) and same(content, b[2]):
                 return True
-    elif kind_of(a) != kind_of(b):
-        return False
+    elif kind_of(a) != kind_of(b):  # (x+1)^2 = x^2+2x+1 is as good as its right side, but x+y = 5 is not 5
+        equation, other = (a, b) if kind_of(a) == "equation" else (b, a)
+        return kind_of(other) in ("number", "+", "*", "^", "/") and equal(*equation[1:]) and same(equation[2], other)
     if any(kind_of(side) in ("seq", "matrix", "text", "order") for side in a[1:] + b[1:]):
         return False
     units_a, units_b = ({split_unit(side)[1] for side in node[1:]} - {""} for node in (a, b))
@@ -1401,13 +1474,18 @@ def same_list(a, b) -> bool:
         named = [kind_of(item) == "named" for item in children(y)] if kind_of(y) == "seq" else []
         if is_list(x, "") and named and all(kind_of(item) == "named" for item in x[2:]):
             names = {base_name(item) for item in x[2:]}
-            if len(names) == len(x) - 2 and not any(named) and y[1] in ("", "()"):
+            if 1 < len(names) == len(x) - 2 and not any(named):
+                if y[1] not in ("", "()"):
+                    return False
                 items = sorted(x[2:], key=lambda item: str(item[1])) if y[1] else x[2:]  # y=2, x=1 is the point (1,2)
                 return len(x) == len(y) and all(map(same, (item[2] for item in items), y[2:]))
             if all(named):  # (x, y) = (1, 2)
                 return len(x) == len(y) and matched(x[2:], y[2:])
         if kind_of(x) == "named" and is_list(x[2]):
             return same(x[2], y)
+    for x, y in ((a, b), (b, a)):
+        if shared_name(x) and len({item[1] for item in children(y) if kind_of(item) == "named"}) > 1:
+            return False
     items_a, items_b = elements(a), elements(b)
     if items_a is None or items_b is None or (shared_name(a) and shared_name(b) and shared_name(a) != shared_name(b)):
         return False
@@ -1420,11 +1498,16 @@ def same_list(a, b) -> bool:
 def matched(items_a, items_b) -> bool:
     rest = list(items_b)
     for x in items_a:
-        found = next((i for i, y in enumerate(rest) if same(x, y)), None)
+        found = next((i for i, y in enumerate(rest) if same_item(x, y)), None)
         if found is None:
             return False
         del rest[found]
     return True
+
+
+def same_item(x, y) -> bool:
+    """{{1}} is not {1}, although the answer {1} is as good as 1."""
+    return is_list(x, r"\{\}") == is_list(y, r"\{\}") and same(x, y)
 
 
 def base_name(named):

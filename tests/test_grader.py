@@ -678,7 +678,7 @@ EXTRACTED = {
     "last number of a sentence": ("So in the end there are 42.", "42"),
     "percentage": ("In the end it is more than before by 20%.", "20%"),
     "negative number": ("the temperature was then -7", "-7"),
-    "minus between numbers": ("we can compute it as 9-7", "7"),
+    "minus between numbers": ("we can compute it as 9-7", None),
     "no answer": ("I do not know.", None),
     "empty": ("", None),
     "blank": (" \n\t ", None),
