@@ -65,11 +65,12 @@ BOX_OR_BRACE = re.compile(
 )
 MARKER = re.compile(  # "The answer is", "**Answer**:", "### Answer", but not "the answer is correct"
     r"(?:answer[*_]{0,2}\s{0,3}|(?:option|choice) )(?:is\b:?|:)(?!\W{0,3}(?:indeed |thus |therefore |also )?"
-    r"(?:correct|right|wrong|clear|not|reasonable|valid|unique|verified)\b)|^A: |<answer>|"
+    r"(?:correct|right|wrong|clear|not|reasonable|valid|unique|verified)\b)|<answer>|"
     r"^[#*_ ]{0,9}(?:final )?answer[*_ ]{0,9}$",
     re.IGNORECASE | re.MULTILINE,
 )
 LINE_END = re.compile(r"\n|\.\s|<\||</?[a-z_]{3,12}>")  # "The answer is 5. I hope it is correct.<|im_end|>"
+COMMENT = re.compile(r",?\s(?:as|because|since|which|where)\b|;\s+[a-z]{2,}|\s\((?:approx|about|≈|[a-z-]{4,}\))")
 DISPLAYED = re.compile(r"[\s*:_`]{0,20}(?:\\\[|\$\$)(.+?)(?:\\\]|\$\$)", re.DOTALL)
 FILLER = re.compile(r"^\W{0,3}(?:approximately|about|exactly|thus|hence|so|then|therefore|simply|just|equal to),?\s", re.I)
 COMMAND = re.compile(r"\\[a-zA-Z]+ ?(?:\{[^{}\\]*\}){0,2}")  # with its argument: \text{ square cm} is not prose
@@ -106,28 +107,43 @@ def extract(text: str) -> str | None:
     if answer := marked_answer(text):
         return answer
     text = FILLER.sub("", text.strip().strip("`*"))
-    return (text or None) if is_bare(text) else last_in_prose(text)
+    if is_bare(text):
+        return text or None
+    tail = re.split(r"\b(?:is|are|equals|at)\b", text.rpartition("\n")[2].rstrip(" ."))[-1].strip()  # The area is 8π.
+    clear = re.search(r"[0-9√π∞]", tail) and is_bare(tail) and not DOUBT.search(tail)
+    return last_in_prose(text) or (tail if clear else None)
 
 
 def marked_answer(text: str) -> str | None:
     """The answer that the text itself points out. Empty ones do not count: prompts are quoted with an empty box."""
     text = text[-MAX_TEXT:]
     before, final, rest = text.rpartition("final answer is")
-    line = first_statement(rest)
-    if not (final and "boxed" in before and "boxed" not in rest and is_bare(line)):  # of a box and this, the later counts
+    line = first_statement(rest) if "boxed" in before and "boxed" not in rest else ""
+    if not (line and is_bare(line)):  # of a box and the final answer, the later one counts
         if boxed := boxed_answer(text):
             return boxed
-        _, final, rest = text.rpartition("####")
-        if not final:
-            marks = [m.end() for m in MARKER.finditer(text) if m[0] != "A: " or not re.search("^B: ", text, re.MULTILINE)]
-            rest = text[max(marks, default=len(text)) :]
+        _, found, rest = text.rpartition("####")
+        if not found:
+            rest = text[marked_position(text) :]
         line = first_statement(rest)
     if not is_bare(line):  # "Final answer: $3$, since x is 5", "Final answer: the largest n is 34"
         if first := FIRST_SEGMENT.match(line):
             line = first[1] or first[2]
         elif len(NUMBER.findall(line)) <= 1 and not DOUBT.search(line):
             line = last_in_prose(line) or line
+    if line.count("$") % 2 == 0 and r"\$" not in line:  # $5$ m
+        line = line.replace("$", " ")
     return line.lstrip(" $*").rstrip(" .$*\r") or None
+
+
+def marked_position(text: str) -> int:
+    """Where the last "answer is", "Answer:", "A: ", ... ends; the end of the text, if there is none."""
+    lower, marks = text.lower(), []
+    if "answer" in lower or "option" in lower or "choice" in lower:
+        marks = [match.end() for match in MARKER.finditer(text)]
+    if "\nB: " not in text and (i := ("\n" + text).rfind("\nA: ")) >= 0:  # as in Q: ... A: 18, but no list of options
+        marks.append(i + len("A: "))
+    return max(marks, default=len(text))
 
 
 def first_statement(text: str) -> str:
@@ -136,6 +152,8 @@ def first_statement(text: str) -> str:
         return displayed[1].strip()
     line = LINE_END.split(text.lstrip(" \r\n*:_`"), maxsplit=1)[0]
     line = FILLER.sub("", re.sub(r'\\?"', "", line))
+    head = COMMENT.split(line, maxsplit=1)[0].rstrip(" ,")
+    line = head if re.search(r"[0-9\\]", head) else line
     return line if re.search(r"\w\*\*\w", line) else re.sub(r"\*\*|`", "", line)  # 2**3
 
 
@@ -143,6 +161,8 @@ def boxed_answer(text: str, joined: bool = True) -> str | None:
     r"""The content of the last balanced box. If joined, boxes with only "and", "or" or a comma between them are one list.
 
     One pass with a stack: to look for the end of each box apart takes quadratic time on 50,000 times "\boxed{"."""
+    if "box" not in text:
+        return None
     boxes, stack = [], []  # boxes: (start of the box, start of its content, end of its content, end of the box)
     for token in BOX_OR_BRACE.finditer(text):
         if token[2]:  # \boxed 3
@@ -181,16 +201,19 @@ def is_bare(text: str) -> bool:
 
 def last_in_prose(text: str) -> str | None:
     """The last math segment or the last number, whichever is later."""
-    found, found_end, end, opened = None, 0, 0, False
+    found, found_end, end, opened, gap = None, 0, 0, False, ""
     for delimiter in MATH.finditer(text):
         segment, end = text[end : delimiter.start()].strip(" "), delimiter.end()
         # What stands between the dollars of "$5 and then $8" is no math: it has words.
         if opened and segment and not PROSE.search(COMMAND.sub(" ", segment)):
             if "\n" not in segment or delimiter[0] in ("$$", r"\]"):  # inline math does not go over several lines
-                found = segment.strip()
+                name = segment.partition("=")[0].strip()
+                listed = found and gap.strip() in ("and", "or", ",", ", and", ", or") and "=" in segment
+                listed = listed and found.partition("=")[0].strip() == name
+                found = f"{found}, {segment}" if listed else segment.strip()  # $x = 1$ and $x = 2$
             found_end, opened = end, False
         else:
-            opened = True
+            opened, gap = True, segment
     for number in reversed(list(NUMBER.finditer(text, found_end))):
         start, stop = number.span()
         before, after = text[max(0, start - 12) : start], text[stop : stop + 12]
@@ -212,10 +235,10 @@ SPELLINGS = {  # the one spelling that the parser knows: LaTeX commands that mea
     r"\text": "mbox hbox mathrm textbf textrm textit textsf textnormal operatorname mathsf", "≤": "le leq leqslant leqq",
     "≥": "ge geq geqslant geqq", "≠": "ne neq", "≈": "approx simeq doteq", "*": "cdot times ast",
     "∅": "emptyset varnothing", "|": "mid vert lvert rvert", "∖": "setminus smallsetminus backslash",
-    "...": "dots ldots cdots dotsc", "°": "circ degree", "<": "lt", ">": "gt", "÷": "div", "±": "pm", "∓": "mp", "∈": "in",
-    "∩": "cap", "∪": "cup bigcup", "∞": "infty", "π": "pi", "≡": "equiv", ":": "colon", r"\{": "lbrace", r"\}": "rbrace",
-    "[": "lbrack", "]": "rbrack", "'": "prime", r"\epsilon": "varepsilon", r"\phi": "varphi", r"\theta": "vartheta",
-    r"\tan": "tg", r"\arctan": "arctg",
+    "...": "dots ldots cdots dotsc", "°": "circ degree textdegree", "<": "lt", ">": "gt", "÷": "div", "±": "pm", "∓": "mp",
+    "∈": "in", "∩": "cap", "∪": "cup bigcup", "∞": "infty", "π": "pi", "≡": "equiv", ":": "colon", r"\{": "lbrace",
+    r"\}": "rbrace", "[": "lbrack", "]": "rbrack", "'": "prime", r"\epsilon": "varepsilon", r"\phi": "varphi",
+    r"\theta": "vartheta", r"\tan": "tg", r"\arctan": "arctg",
 }  # fmt: skip
 SPELLINGS = {command: spelling for spelling, commands in SPELLINGS.items() for command in commands.split()}
 CHARACTERS = dict(zip("−–×·⋅∙∗≦≧⩽⩾º′’~", "--*****≤≥≤≥°'' ")) | {"∛": r"\sqrt[3]"} | dict.fromkeys("\u200b\u2062\ufeff\0", "")
@@ -247,6 +270,7 @@ CLEANERS = [  # (what an answer must contain to be searched, pattern, replacemen
     ("", r"(?<=[0-9])(?<!\b0) ?(?:, ?\\!|\{ ?, ?\}|\\,) ?(?=[0-9]{3}(?![0-9]))", ""),  # 1,\!234 10{,}000, but not 0{,}125
     ("\\", r"(?<!\\)\\[,;:> ]", " "), ("\\", r"(?<!\\)\\(?:!|$)", ""), ("{", r" ?\{ ?([:,]) ?\} ?", r"\1"),
     ("", r"\s+", " "),
+    ("=", r"^ ?\\(?:lim|int|iint|oint)(?![a-zA-Z])[^=]*=(?=[^=]+$)", ""),  # \lim ... = 1
     ("^", r"(?<=[0-9]) ?[xX] ?(?=10 ?\^)", "*"),  # 6.02 x 10^23
     ("", r"(?<=[0-9)}])(and|or)(?=[0-9A-Z(-])", r" \1 "),
     (" ", r"^ ?([-+]?[1-9][0-9]{0,2})((?: [0-9]{3})+)(?![0-9/])", lambda m: m[1] + m[2].replace(" ", "")),  # 1 000
@@ -633,6 +657,9 @@ class Parser:
                 node = ("unit", node, canonical_unit([self.peek()[1]]))
                 self.i += 1
                 braces and self.expect("}")
+            elif rows_of(node) and {self.peek()[1], self.peek(1)[1]} & {"T", r"\top"}:
+                self.i += 3 if self.sees("{") else 1
+                node = matrix([list(column) for column in zip(*rows_of(node))])
             else:
                 node = ("^", node, self.argument(whole=True))
                 if self.sees("^"):
@@ -754,7 +781,7 @@ class Parser:
             else:  # \log_28 is log 8 to the base 2, but \log_10 5 has the base 10
                 last = self.peek(1)[0] == "end" or self.peek(1)[1] in ("+", "-", ",", ")", "}", "*", "/")
                 base = self.argument(whole=not last)
-        if self.sees("(", "{", "[", "|"):
+        if self.sees("(", "{", "[", "|", r"\{"):
             argument = self.atom()
         else:
             negative = self.accept("-")
@@ -1281,7 +1308,7 @@ SYNONYMS = {
     "no solutions": ("text", "no solution"),
 }  # fmt: skip
 CHOICE = re.compile(r"\(?([A-J])\)?")
-OPTION = re.compile(r"(?:[Oo]ption |[Cc]hoice )?\(?([A-J])(?:\)|(?:\) ?|[.:] )(?!.*\b[A-J]\b)\S.*)?")  # (C) 12, C. 12
+OPTION = re.compile(r"(?:[Oo]ption |[Cc]hoice )?\(?([A-J])(?:\)|(?:\) *|[.:] +)(?!.*\b[A-J]\b)\S.*)?")  # (C) 12, C. 12
 LONG_DECIMAL = re.compile(r"[-+]?(\d*)\.(\d+)", re.ASCII)
 
 
