@@ -17,8 +17,8 @@ each uses only those above it:
 Two expressions are equal if they are at random points: exactly where they are rational (Schwartz-Zippel), else to more
 digits than are written in them. There is no symbolic simplification: it is slow, and can only fail to prove things.
 
-Left out: solving equations, converting units, calculus, piecewise functions; sums with symbolic limits are equal only if
-their parts are.
+Left out: solving equations and nonlinear inequalities, converting units, calculus, piecewise functions; sums with symbolic
+limits are equal only if their parts are.
 
 Run `python grader.py GOLD TEXT`, for example `python grader.py '\frac12' 'The answer is 0.50.'`, or
 `python grader.py --file X.jsonl` for a file of {"gold": ..., "text": ...}
