@@ -355,11 +355,11 @@ UNORDERED, INTERVALS = ("", r"\{\}", "{}"), ("()", "[)", "(]", "[]")  # brackets
 INFIX = (r"\pmod", r"\bmod", r"\choose", r"\over")  # commands that no factor begins with
 TOKEN = re.compile(
     r"""(?P<blank>[ ]+)
-    |(?P<repeating>[0-9]*\.[0-9]*\\(?:overline|bar|dot)[ ]?(?:\{[0-9]+\}|[0-9])|[0-9]*\.\([0-9]+\)|[0-9]*\.[0-9]+[ ]?\.\.\.)
+    |(?P<repeating>[0-9]*\.[0-9]*\\(?:overline|dot)[ ]?(?:\{[0-9]+\}|[0-9])|[0-9]*\.\([0-9]+\)|[0-9]*\.[0-9]+[ ]?\.\.\.)
     |(?P<number>(?:[0-9]+(?:,[0-9]+)*(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+(?![0-9]*[a-zA-Z]))?)
     |\\text\{(?P<text>(?:[^{}]|\{[^{}]*\})*)\}
     |(?P<environment>\\(?:begin|end)[ ]?\{[a-zA-Z]+\*?\})(?:[ ]?\{[clr| ]*\})?
-    |(?P<name>\\(?:overline|bar|vec|hat|widehat|overrightarrow|overarc|tilde|mathcal|mathbb|mathfrak)[ ]?\{[^{}]+\}
+    |(?P<name>\\(?:overline|hat|widehat|overrightarrow|overarc|tilde|mathbb|mathfrak)[ ]?\{[^{}]+\}
         |(?:\\angle|\\hat|\\overline)[ ]?[a-zA-Z]+|\.\.\.)
     |(?P<word>[a-zA-Z]+)
     |(?P<symbol>\\[a-zA-Z]+|\\[{}|\\]|.)""",
@@ -657,7 +657,7 @@ class Parser:
                 node = ("unit", node, canonical_unit([self.peek()[1]]))
                 self.i += 1
                 braces and self.expect("}")
-            elif rows_of(node) and {self.peek()[1], self.peek(1)[1]} & {"T", r"\top"}:
+            elif rows_of(node) and self.transposed():
                 self.i += 3 if self.sees("{") else 1
                 node = matrix([list(column) for column in zip(*rows_of(node))])
             else:
@@ -665,6 +665,10 @@ class Parser:
                 if self.sees("^"):
                     raise Unparsed("a power of a power")
         return node
+
+    def transposed(self) -> bool:
+        ahead = [self.peek(k)[1] for k in range(3)]
+        return ahead[0] in ("T", r"\top") or (ahead[0] == "{" and ahead[1] in ("T", r"\top") and ahead[2] == "}")
 
     def argument(self, whole: bool = False):
         r"""Of \frac, \sqrt, ^: a group in braces, or one token; of a number without braces TeX takes one digit."""
@@ -1416,9 +1420,10 @@ def is_rounded(a: str, b: str) -> bool:
     node, other = (split_unit(n[2] if kind_of(n) == "named" else n)[0] for n in (node, other))
     mp.dps = 60 + len(a)
     try:
-        if not exact(node) or (exact(x := value(other, Point())) and 10**99 % x.denominator == 0):
+        y = value(other, Point())
+        if not exact(node) or (exact(y) and 10**99 % y.denominator == 0):  # 1/8 needs no rounding
             return False
-        x, y = mp.mpf(match[0]), inexact(value(other, Point()))
+        x, y = mp.mpf(match[0]), inexact(y)
         long = len((match[1] + match[2]).lstrip("0")) in (16, 17)  # the double that Python prints is off in its last digit
         return mp.isfinite(y) and abs(x - y) <= max(mp.mpf(10) ** -len(match[2]) / 2, abs(y) * mp.mpf(2) ** -52 * long)
     except (Undefined, Unparsed):

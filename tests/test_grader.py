@@ -224,6 +224,7 @@ EQUAL = {
         (r"0, \pm 1", "-1, 0, 1"),
     ],
     "matrix": [
+        (r"\begin{pmatrix}1&2\end{pmatrix}^T", r"\begin{pmatrix}1\\2\end{pmatrix}"),
         (M, r"\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}"), (M, r"\left(\begin{array}{cc}1&2\\3&4\end{array}\right)"),
         (r"\begin{pmatrix}1/2&0\\0&\sqrt8\end{pmatrix}", r"\begin{pmatrix}0.5&0\\0&2\sqrt2\end{pmatrix}"),
         (r"\begin{vmatrix}1&2\\3&4\end{vmatrix}", "-2"), (r"\begin{pmatrix}1&2\\3&4\\\end{pmatrix}", M),
@@ -518,6 +519,7 @@ DIFFERENT = {
         (r"1\pm2", "1,2"), (r"1\pm\sqrt5", r"\pm1+\sqrt5"), (r"2\pm3", r"3\pm2"),
     ],
     "matrix": [
+        (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}^2T", r"\begin{pmatrix}1&3\\2&4\end{pmatrix}T"),
         (M, r"\begin{pmatrix}1&3\\2&4\end{pmatrix}"), (M, r"\begin{pmatrix}1&2\\3&5\end{pmatrix}"),
         (M, r"\begin{pmatrix}1&2&3&4\end{pmatrix}"), (r"\begin{vmatrix}1&2\\3&4\end{vmatrix}", M),
         (r"\begin{vmatrix}1&2\\3&4\end{vmatrix}", "2"), (M, "1,2,3,4"), (M, "-2"),
