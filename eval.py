@@ -25,7 +25,7 @@ import prm
 from data import Problem, TextOptions, UserError, decode, encode_prompts, load_problems, option, run_script, step_ends
 from grader import extract, grade, verdict
 from model import ScalarModel, eos_ids, gather, load_causal_lm, load_tokenizer, start_processes
-from rollout import Sample, rollout
+from rollout import Sample, as_sampler, rollout
 
 # ------------------------------------------------------------------------------------------------ answers
 
@@ -51,12 +51,14 @@ def evaluate(
     max_prompt_tokens: int = 1 << 30, temperature: float = 1.0, n: int = 1, slots: int = 256, seed: int = 0,
     rank: int = 0, world: int = 1, progress: str = "",
 ) -> tuple[dict, list[dict]]:  # fmt: skip
-    """Summary over all problems, and the answers: n for each problem, in order. temperature 0 is greedy."""
-    mine = range(rank, len(problems), world)
+    """Summary over all problems, and the answers: n for each problem, in order. model: a causal LM or a Sampler of one.
+    temperature 0 is greedy."""
+    sampler, mine = as_sampler(model), range(rank, len(problems), world)
     prompts = encode_prompts(tokenizer, [problems[i] for i in mine], prompt, max_prompt_tokens) if mine else []
     samples = rollout(
-        model, prompts, n, max_new_tokens=max_new_tokens, eos_ids=eos_ids(model, tokenizer), temperature=temperature,
-        slots=slots, seeds=[seed * 1_000_003 + i for i in mine], progress=progress if rank == 0 else "",
+        sampler, prompts, n, max_new_tokens=max_new_tokens, eos_ids=eos_ids(sampler.model, tokenizer),
+        temperature=temperature, slots=slots, seeds=[seed * 1_000_003 + i for i in mine],
+        progress=progress if rank == 0 else "",
     )  # fmt: skip
     rows = judge(tokenizer, [problems[i] for i in mine], samples, separator)
     for k, row in enumerate(rows):

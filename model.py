@@ -16,10 +16,14 @@ import atexit
 import inspect
 import json
 import os
+import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from itertools import groupby
 from pathlib import Path
+from types import MethodType
 
 import torch
 import torch.distributed as dist
@@ -27,7 +31,9 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data import UserError
 
@@ -57,8 +63,19 @@ class KVCache:
     def __init__(self, config, slots: int, max_tokens: int, dtype: torch.dtype, device):
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (config.num_hidden_layers, slots, max_tokens, config.num_key_value_heads, head_dim)
+        on_cpu = torch.device(device).type == "cpu"
+        # on CPU a head's keys lie together in memory: then all heads of all slots are one batched product
+        stored = (0, 1, 3, 2, 4) if on_cpu else (0, 1, 2, 3, 4)
         # zeros, not empty: a masked key still meets its value, and 0 * nan is nan
-        self.k, self.v = torch.zeros(2, *shape, dtype=dtype, device=device)
+        make = lambda: torch.zeros([shape[d] for d in stored], dtype=dtype, device=device).permute(stored)
+        self.k, self.v = make(), make()
+        # flash attention reads the lengths on the device: it needs no window, and one graph serves all lengths
+        self.reads_lengths = not on_cpu and dtype in (torch.float16, torch.bfloat16)
+        self.granularity = max_tokens if self.reads_lengths else 32 if on_cpu else 256
+
+    def window(self, tokens: int) -> int:
+        """How many keys a step looks at, where a slot has up to `tokens`: rounded up, so that few shapes occur."""
+        return min(self.k.shape[2], -(-tokens // self.granularity) * self.granularity)
 
     def copy(self, source: Tensor, target: Tensor, tokens: int) -> None:
         """Copy the first `tokens` positions of the slots `source` (M,) to the slots `target` (M,)."""
@@ -109,10 +126,15 @@ class Decode:
     window: int  # keys to look at, on the host: at least max(lengths) + 1
 
     def __post_init__(self):
+        B, device = len(self.lengths), self.lengths.device
         self.position_ids = self.lengths[:, None]  # (B, 1)
-        self.rows = torch.arange(len(self.lengths), device=self.lengths.device)
-        keys = torch.arange(self.window, device=self.lengths.device)
-        self.mask = (keys <= self.lengths[:, None])[:, None, None]  # (B, 1, 1, window)
+        self.rows = torch.arange(B, device=device)
+        if self.cache.reads_lengths:
+            self.used = (self.lengths + 1).to(torch.int32)  # (B,)
+        else:
+            unused = torch.arange(self.window, device=device) > self.lengths[:, None]
+            bias = torch.zeros(B, self.window, dtype=self.cache.k.dtype, device=device).masked_fill_(unused, -torch.inf)
+            self.bias = bias.repeat_interleave(self.cache.k.shape[3], 0)[:, None]  # (B * Hkv, 1, window)
 
 
 def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, seqs=None, **kw):
@@ -142,34 +164,119 @@ def packed_attention(layer: int, query, key, value, scale: float, seqs: Packed) 
 
 def packed_sdpa(query, key, value, scale: float, seqs: Packed) -> Tensor:
     """SDPA over runs of equally long sequences: views of the packed row, so neither padding nor a mask."""
-    out, start = [], 0
-    for length, count in seqs.runs:
-        span = slice(start, start + length * count)
-        q, k, v = (x[0, :, span].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value))
+    sizes = [length * count for length, count in seqs.runs]
+    q, k, v = (x.squeeze(0).split(sizes, 1) for x in (query, key, value))  # split, not slices: one backward for all runs
+    out = []
+    for (length, count), *qkv in zip(seqs.runs, q, k, v):
+        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in qkv)  # (count, H, length, D)
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
         out.append(o.transpose(1, 2).flatten(0, 1))  # (count * length, Hq, D)
-        start = span.stop
     return torch.cat(out)[None]
 
 
 def decode_attention(layer: int, query, key, value, scale: float, seqs: Decode) -> Tensor:
     B, Hq, _, D = query.shape
     k_cache, v_cache = seqs.cache.k[layer, :B], seqs.cache.v[layer, :B]  # (B, max_tokens, Hkv, D)
-    if query.is_cuda and flash_attn_with_kvcache is not None and query.dtype != torch.float32:
+    if seqs.cache.reads_lengths and flash_attn_with_kvcache is not None:
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        lengths = seqs.lengths.to(torch.int32)  # the kernel appends k and v behind these many tokens
+        # the kernel appends k and v behind these many tokens
         return flash_attn_with_kvcache(
-            q, k_cache, v_cache, k, v, cache_seqlens=lengths, softmax_scale=scale, causal=True
+            q, k_cache, v_cache, k, v, cache_seqlens=seqs.used - 1, softmax_scale=scale, causal=True
         )
     k_cache[seqs.rows, seqs.lengths] = key[:, :, 0]
     v_cache[seqs.rows, seqs.lengths] = value[:, :, 0]
-    k, v = (x[:, : seqs.window].transpose(1, 2) for x in (k_cache, v_cache))
+    if seqs.cache.reads_lengths:
+        # torch's copy of flash attention: the slots are one packed row of sequences, of which it reads the used part
+        T = k_cache.shape[1]
+        one = torch.arange(B + 1, dtype=torch.int32, device=query.device)
+        out, *_ = torch.ops.aten._flash_attention_forward(
+            query[:, :, 0], k_cache.flatten(0, 1), v_cache.flatten(0, 1), one, one * T, 1, T, 0.0, False, False,
+            scale=scale, seqused_k=seqs.used,
+        )  # fmt: skip
+        return out[:, None]
     # Grouped-query attention: a group's query heads become query rows, so the KV heads are never repeated.
-    q = query.reshape(B, k.shape[1], -1, D)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seqs.mask, scale=scale).reshape(B, 1, Hq, D)
+    Hkv = k_cache.shape[2]
+    k, v = (x[:, : seqs.window].transpose(1, 2).flatten(0, 1) for x in (k_cache, v_cache))  # (B * Hkv, window, D)
+    q = query.reshape(B * Hkv, -1, D)
+    return (torch.baddbmm(seqs.bias, q, k.mT, alpha=scale).softmax(-1) @ v).view(B, 1, Hq, D)
 
 
 AttentionInterface.register(ATTENTION, attention)
+
+
+# ------------------------------------------------------------------------------------------------ fused parts
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """Give the norms and the attention of a model of the Qwen2 and Llama family forwards of fewer, larger operations. A
+    small model spends most of its time between operations, and autograd's own backward of RMSNorm takes three times as
+    long as the one written out here. The weights stay where they are; other architectures run transformers' code."""
+    for module in model.modules():
+        family, part = re.fullmatch(r"(Qwen2|Qwen3|Llama|Mistral)?(.*)", type(module).__name__).groups()
+        if family and part == "RMSNorm":
+            module.forward = MethodType(rms_norm, module)
+        if family and part == "Attention" and getattr(module, "sliding_window", None) is None and family != "Mistral":
+            module.forward = MethodType(attention_forward, module)
+    return model
+
+
+def rms_norm(module, x: Tensor) -> Tensor:
+    x = x.to(module.weight.dtype)
+    if x.is_cuda:  # where torch has one kernel for it
+        return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
+    return RMSNorm.apply(x, module.weight, module.variance_epsilon)
+
+
+class RMSNorm(torch.autograd.Function):
+    """y = x / rms(x) * weight, over the last dimension."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        scale = mean_square.add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        normed = x * scale
+        along = grad * normed
+        mean = (along @ weight)[..., None].div_(-x.shape[-1])
+        return torch.addcmul(grad * weight, normed, mean).mul_(scale), along.flatten(0, -2).sum(0), None
+
+
+def attention_forward(module, hidden_states: Tensor, position_embeddings, seqs=None, **more):
+    if seqs is None:  # somebody else's call, such as `generate` with another attention
+        return type(module).forward(module, hidden_states, position_embeddings, **more)
+    q, k, v = (p(hidden_states).unflatten(-1, (-1, module.head_dim)) for p in (module.q_proj, module.k_proj, module.v_proj))
+    if hasattr(module, "q_norm"):
+        q, k = module.q_norm(q), module.k_norm(k)
+    cos, sin = (x.unsqueeze(-2) for x in position_embeddings)  # (B, T, 1, D)
+    q, k = Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)
+    out, _ = attention(module, *(x.transpose(1, 2) for x in (q, k, v)), None, module.scaling, seqs=seqs)
+    return module.o_proj(out.flatten(-2)), None
+
+
+class Rotate(torch.autograd.Function):
+    """Rotary embedding: x (B, T, H, D) times cos, plus (-second half, first half) times sin."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return rotate(grad, cos, -sin), None, None
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    out, half = x * cos, x.shape[-1] // 2
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return out
 
 
 # ------------------------------------------------------------------------------------------------ models
@@ -183,7 +290,7 @@ def toy_model(tokenizer, seed: int, hidden: int = 64, layers: int = 3, heads: in
         num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=256, tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
+    model = fuse(AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION))
     for name, p in model.named_parameters():
         if p.dim() == 2 and "embed" not in name:  # 0.02, right for wide layers, would start these narrow ones too small
             nn.init.normal_(p, std=p.shape[1] ** -0.5 * (0.5 if "o_proj" in name or "down_proj" in name else 1))
@@ -213,7 +320,7 @@ def load_causal_lm(path: str, dtype=torch.float32, device="cpu") -> nn.Module:
         raise UserError(f"{path}: cannot load a causal LM ({first_line(error)}); give a local folder") from None
     if info["missing_keys"]:  # transformers would fill them with random numbers
         raise UserError(f"{path}: the weights lack {len(info['missing_keys'])} tensors, such as {min(info['missing_keys'])}")
-    return model.to(device).eval()  # eval: dropout in the training forward would make the ratio start off 1
+    return fuse(model).to(device).eval()  # eval: dropout in the training forward would make the ratio start off 1
 
 
 def same_tokenizer(tokenizer, path: str) -> None:
@@ -233,6 +340,27 @@ def eos_ids(model, tokenizer) -> list[int]:
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
 
 
+def checkpoint_layers(model: nn.Module) -> None:
+    """Activation checkpointing: each decoder layer keeps its input alone and runs again in the backward pass. transformers'
+    own switch only works in training mode, which would also switch dropout on."""
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.forward = MethodType(checkpointed_forward, module)
+
+
+def checkpointed_forward(module, *args, **more):
+    forward = partial(type(module).forward, module)
+    if not torch.is_grad_enabled():
+        return forward(*args, **more)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **more)
+
+
+def hidden_states(lm, packed: Packed) -> Tensor:
+    """The LM's last hidden states (N, H)."""
+    more = dict(position_ids=packed.position_ids, seqs=packed, use_cache=False)
+    return lm.base_model(input_ids=packed.ids, **more).last_hidden_state[0]
+
+
 class ScalarModel(nn.Module):
     """A causal LM with a scalar head on every token: critic, ORM or PRM. Packed -> (N,) float32.
 
@@ -248,9 +376,7 @@ class ScalarModel(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, packed: Packed) -> Tensor:
-        hidden = self.lm.base_model(
-            input_ids=packed.ids, position_ids=packed.position_ids, seqs=packed, use_cache=False
-        ).last_hidden_state[0]
+        hidden = hidden_states(self.lm, packed)
         x = hidden.float()
         if self.likelihood:
             x = torch.cat([x, self.lowest_log_prob(hidden, packed)[:, None]], 1)
@@ -258,7 +384,7 @@ class ScalarModel(nn.Module):
             return self.head(x).squeeze(-1)
 
     def lowest_log_prob(self, hidden: Tensor, packed: Packed) -> Tensor:
-        logp = self.lm.lm_head(hidden[:-1]).float().log_softmax(-1)
+        logp = self.lm.get_output_embeddings()(hidden[:-1]).float().log_softmax(-1)
         logp = F.pad(logp.gather(-1, packed.ids[0, 1:, None]).squeeze(-1), (1, 0))  # (N,) of each token, given those before
         logp = logp * packed.is_response
         return torch.cat([x.cummin(0).values for x in logp.split(packed.lengths)])
@@ -295,6 +421,17 @@ def start_processes() -> tuple[int, int, torch.device]:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
         atexit.register(dist.destroy_process_group)
     return int(os.environ.get("RANK", 0)), world, torch.device("cuda", local) if cuda else torch.device("cpu")
+
+
+def side_by_side(*jobs) -> list:
+    """The results of the jobs (functions without arguments), on a CPU called at once, each with its share of the threads:
+    two threads that share every small operation are slower than two that have a model each."""
+    threads = torch.get_num_threads()
+    if threads == 1 or torch.cuda.is_available() or dist.is_initialized():  # collectives must keep their order
+        return [job() for job in jobs]
+    workers = min(len(jobs), threads)
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
+        return list(pool.map(lambda job: job(), jobs))
 
 
 def all_reduce(x: Tensor, op: str = "sum") -> Tensor:

@@ -40,7 +40,7 @@ from model import (
     ScalarModel, all_reduce, barrier, eos_ids, gather, load_causal_lm, load_tokenizer, optimizer_step, same_tokenizer,
     start_processes,
 )  # fmt: skip
-from rollout import Batch, rollout
+from rollout import Batch, as_sampler, rollout
 
 
 @dataclass
@@ -81,6 +81,9 @@ def make_labels(
     done = continue_labels(path, {**asdict(o), "questions": fingerprint(problems)}, o.samples) if rank == 0 else 0
     done = int(all_reduce(torch.tensor(done)))
     sampler = dict(eos_ids=eos, temperature=o.temperature, slots=o.slots)
+    same = completer is policy
+    policy = as_sampler(policy)  # which keeps its cache from chunk to chunk
+    completer = policy if same else as_sampler(completer)
     bar = tqdm(total=len(problems), initial=done, desc="labels", unit="question", disable=rank > 0)
     total = steps = 0
     for start in range(done, len(problems), CHUNK):

@@ -1,24 +1,29 @@
 """The handwritten KV-cached sampler: continuous batching over the slots of a preallocated cache.
 
     while there is work:
-        fill free slots   prefill the prompts of new samples, packed in one forward; a prompt shared by several samples
-                          is computed once and its keys and values are copied
-        decode            one token for every live slot
-        retire            finished samples leave, the last live slots move into the gaps: live slots stay 0 .. B-1
+        fill     prefill the prompts of new samples, packed in one forward; a prompt shared by several samples is computed
+                 once and its keys and values are copied
+        step     one token for every live slot; on CUDA one captured graph per (slots, window), replayed
+        retire   finished samples leave, the last live slots move into the gaps: live slots stay 0 .. B-1
 
 A sample ends at an EOS token or at its length limit; then, and only then, `truncated` is true. The draw of token t of
 sample j of a prompt depends on (that prompt's seed, j, t) alone, never on slots, order or rank: only rounding of the
 logits can change an answer.
 
-Left out: CUDA graphs, beam search, repetition penalties, paged caches.
+Tokens, lengths and noise live on the device, and a step reads nothing back. Whether a row is done is copied to the host
+every few steps and read one such copy later, so that the GPU never waits; a done row meanwhile decodes into its own slot
+and changes nothing.
 
-Run `python eval.py --model DIR --data FILE.jsonl` to sample from a model.
+Left out: beam search, repetition penalties, paged caches, prefixes shared by different prompts.
+
+Run `python eval.py --model DIR --data FILE.jsonl` to sample from a model, `python tests/bench_rollout.py` to time it.
 """
 
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import UserError
@@ -43,10 +48,13 @@ class Batch:
     def __post_init__(self):
         lengths = torch.tensor([len(r) for r in self.responses])
         self.mask = torch.arange(max(lengths.tolist(), default=0)) < lengths[:, None]  # (B, T)
+        self.packs = {}
 
     def pack(self, rows: list[int], device) -> tuple[Packed, Tensor, Tensor]:
         """Rows laid end to end: the packed sequences, the indices (N,) of the tokens that predict a response token,
-        and the response tokens (N,)."""
+        and the response tokens (N,). Made once, for all models and passes."""
+        if tuple(rows) in self.packs:
+            return self.packs[tuple(rows)]
         sequences = [self.prompts[i] + self.responses[i] for i in rows]
         packed = Packed(sequences, device, [len(self.prompts[i]) for i in rows])
         spans = [
@@ -54,7 +62,8 @@ class Batch:
             for i, start, length in zip(rows, packed.starts, packed.lengths)
         ]
         keep = torch.cat(spans).to(device)
-        return packed, keep, packed.ids[0, keep + 1]
+        self.packs[tuple(rows)] = packed, keep, packed.ids[0, keep + 1]
+        return self.packs[tuple(rows)]
 
     def plan(self, rows: list[int], token_budget: int) -> list[list[int]]:
         """Micro-batches of at most token_budget tokens (at least one sequence each). Sorted by length, so that equally
@@ -73,9 +82,12 @@ class Batch:
     def map(self, fn, plan: list[list[int]], device) -> Tensor:
         """fn(rows, packed, keep, targets) -> (N,) over the micro-batches of a plan, laid out as (B, T) on the CPU."""
         out = torch.zeros(self.mask.shape)
-        for rows in plan:
+        packs = [self.pack(rows, device) for rows in plan]  # not in inference mode, for the update reads them as well
+        for rows, pack in zip(plan, packs):
+            with torch.inference_mode():
+                values = fn(rows, *pack).float().cpu()
             padded = torch.zeros(len(rows), out.shape[1])
-            padded[self.mask[rows]] = fn(rows, *self.pack(rows, device)).float().cpu()
+            padded[self.mask[rows]] = values
             out[rows] = padded
         return out
 
@@ -90,24 +102,40 @@ def uniforms(seeds: Tensor, steps: int) -> Tensor:
     return ((x >> 11) & (1 << 53) - 1).double() / (1 << 53)
 
 
+BLOCK = 512  # tokens
+
+
 def draw(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
     """Next tokens (B,) from logits (B, V) by inverting the distribution function at u (B,); greedy at temperature 0."""
     if temperature == 0:
         return logits.argmax(-1)
-    p = torch.softmax(logits.float() / temperature, -1)
+    p = torch.softmax(logits if temperature == 1 else logits.float() / temperature, -1, dtype=torch.float32)
     if top_p < 1:  # keep the smallest set of most likely tokens that holds top_p of the mass
         ordered, order = p.sort(-1, descending=True)
         ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
         p = torch.zeros_like(p).scatter(-1, order, ordered)
+    if p.shape[1] <= 2 * BLOCK:
+        return invert(p, u)[0]
+    # first the block, then the token in it: float64 sums over a large vocabulary would cost more than all the rest
+    p = F.pad(p, (0, -p.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))  # (B, V / BLOCK, BLOCK)
+    block, rest = invert(p.sum(-1, dtype=torch.float64), u)
+    inside = p.take_along_dim(block[:, None, None], 1).squeeze(1)  # (B, BLOCK)
+    return block * BLOCK + invert(inside, rest)[0]
+
+
+def invert(p: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The index (B,) at which the running sum of the weights p (B, M) passes u (B,) times their total, and how far into
+    that weight it does, in [0, 1]. An index of weight 0 spans an empty interval and is never returned."""
     cdf = p.double().cumsum(-1)  # float32 sums of 150,000 terms would starve the rare tokens
-    # right=True: a token of probability 0 spans an empty interval and is never drawn, not even at u = 0
-    token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(1)
-    return token.clamp(max=logits.shape[1] - 1)
+    total = cdf[:, -1:]
+    x = torch.minimum(u[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    index = torch.searchsorted(cdf, x, right=True)
+    rest = 1 - (cdf.gather(1, index) - x) / p.gather(1, index)
+    return index.squeeze(1), rest.clamp(0, 1).squeeze(1)
 
 
-@torch.inference_mode()
 def rollout(
-    model,
+    model: "nn.Module | Sampler",
     prompts: list[list[int]],
     n: int = 1,
     *,
@@ -121,101 +149,199 @@ def rollout(
 ) -> list[list[Sample]]:
     """n samples for each prompt, in order: result[i][j] is sample j of prompts[i].
 
+    model: a causal LM, or a Sampler of one, which keeps its memory and its graphs for the next call.
     max_new_tokens: one limit, or one for each prompt. seeds: one for each prompt (default: its index).
     temperature 0 is greedy. slots: how many samples decode at once. progress: text of a progress bar, "" for none.
     Raises UserError if a prompt and its limit do not fit the model's positions, ValueError for an empty prompt or limit."""
     if not prompts:
         return []
+    sampler = as_sampler(model)
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     if min(limits) < 1 or not all(prompts):
         raise ValueError("every prompt needs a token, and every answer room for one")
     longest = max(len(p) + limit for p, limit in zip(prompts, limits))
-    if longest > model.config.max_position_embeddings:
+    positions = sampler.model.config.max_position_embeddings
+    if longest > positions:
         raise UserError(
-            f"a prompt and its response may take {longest} tokens, but the model has only "
-            f"{model.config.max_position_embeddings} positions; lower --max-new-tokens"
+            f"a prompt and its response may take {longest} tokens, but the model has only {positions} positions; "
+            "lower --max-new-tokens"
         )
-    device, was_training = model.device, model.training
-    model.eval()
-    slots = min(slots, len(prompts) * n)
-    cache = KVCache(model.config, slots, longest, model.dtype, device)
-    eos = torch.tensor(eos_ids, device=device)
-    seeds = torch.tensor(range(len(prompts)) if seeds is None else seeds, device=device)
-    seeds = uniforms(seeds, n).view(torch.int64)  # (prompts, n): one well-mixed seed for each sample
-    limit = torch.tensor(limits, device=device)
-
     # the long ones first, so that no straggler is left decoding alone
     order = sorted(range(len(prompts)), key=lambda i: -limits[i])
     todo = [(i, j) for i in reversed(order) for j in reversed(range(n))]
     out = [[None] * n for _ in prompts]
-    # state of the slots; the live ones are 0 .. B-1
-    owner = torch.zeros(slots, dtype=torch.long, device=device)  # i * n + j
-    length = torch.zeros(slots, dtype=torch.long, device=device)  # tokens in the cache
-    count = torch.zeros(slots, dtype=torch.long, device=device)  # tokens drawn
-    token = torch.zeros(slots, dtype=torch.long, device=device)  # the last one drawn, not yet in the cache
-    drawn = torch.zeros(slots, max(limits), dtype=torch.long, device=device)
-    noise = torch.zeros(slots, max(limits), dtype=torch.float64, device=device)
-    B, longest_live = 0, 0
+    slots = min(slots, len(todo))
+    seeds = uniforms(torch.tensor(range(len(prompts)) if seeds is None else seeds), n)
+    seeds = seeds.view(torch.int64)  # (prompts, n): one well-mixed seed for each sample
     bar = tqdm(total=len(todo), desc=progress, unit="answer", disable=not progress, leave=False)
-
-    while B or todo:
-        # fill: wait for some free slots, since a prefill of one prompt costs as much as one of eight
-        free = slots - B
-        if todo and (free >= min(len(todo), max(1, slots // 8)) or B == 0):
-            new = [todo.pop() for _ in range(min(free, len(todo)))]
-            first = {}  # prompt -> the slot that its prefill writes
-            for k, (i, _) in enumerate(new):
-                first.setdefault(i, B + k)
-            target = torch.arange(B, B + len(new), device=device)
-            source = torch.tensor([first[i] for i, _ in new], device=device)
-            packed = Packed([prompts[i] for i in first], device, cache=cache, slots=torch.tensor(list(first.values())))
-            logits = forward(model, packed.ids, packed, packed.last)[0]
-            cache.copy(source, target, packed.max_length)
-            which = torch.tensor([list(first).index(i) for i, _ in new], device=device)
-            i, j = torch.tensor(new, device=device).unbind(1)
-            owner[target] = i * n + j
-            length[target] = torch.tensor([len(prompts[i]) for i, _ in new], device=device)
-            count[target] = 0
-            noise[target] = uniforms(seeds[i, j], noise.shape[1])
-            B += len(new)
-            longest_live = max(longest_live, packed.max_length)
-            fresh = target
-            next_logits = logits[which]
-        else:
-            window = min(longest, -(-(longest_live + 1) // 32) * 32)
-            seqs = Decode(cache, length[:B], window)
-            next_logits = forward(model, token[:B, None], seqs, 0)[:, 0]
-            length[:B] += 1
-            longest_live += 1
-            fresh = torch.arange(B, device=device)
-        t = count[fresh]
-        chosen = draw(next_logits, noise[fresh, t], temperature, top_p)
-        token[fresh] = chosen
-        drawn[fresh, t] = chosen
-        count[fresh] = t + 1
-
-        # retire
-        ended = torch.isin(token[:B], eos)
-        done = (ended | (count[:B] >= limit[owner[:B] // n])).nonzero().squeeze(1)
-        if len(done):
-            rows = zip(owner[done].tolist(), drawn[done].tolist(), count[done].tolist(), ended[done].tolist())
-            for who, ids, size, finished in rows:
-                out[who // n][who % n] = Sample(who // n, ids[:size], not finished)
-            bar.update(len(done))
-            live = B - len(done)
-            gaps = done[done < live]
-            if len(gaps):
-                stays = torch.ones(B, dtype=torch.bool, device=device)
-                stays[done] = False
-                movers = stays[live:B].nonzero().squeeze(1) + live
-                cache.copy(movers, gaps, longest_live)
-                for state in (owner, length, count, token, drawn, noise):
-                    state[gaps] = state[movers]
-            B = live
-            longest_live = int(length[:B].max()) if B else 0
+    was_training = sampler.model.training
+    sampler.model.eval()
+    with torch.inference_mode():
+        sampler.start(slots, longest, max(limits), eos_ids, temperature, top_p)
+        while todo or sampler.live:
+            free = slots - len(sampler.live)
+            # wait for some free slots, since a prefill of one prompt costs as much as one of eight
+            if todo and (free >= min(len(todo), max(1, slots // 8)) or not sampler.live):
+                sampler.fill([todo.pop() for _ in range(min(free, len(todo)))], prompts, limits, seeds)
+            else:
+                sampler.step()
+            for (i, j), ids in sampler.retire():
+                out[i][j] = Sample(i, ids, ids[-1] not in eos_ids)
+                bar.update()
     bar.close()
-    model.train(was_training)
+    sampler.model.train(was_training)
     return out
+
+
+def as_sampler(model) -> "Sampler":
+    return model if isinstance(model, Sampler) else Sampler(model)
+
+
+class Sampler:
+    """A causal LM with the cache, the state of the slots and the graphs. The weights may change between calls, in place.
+
+    The memory is taken at the first call and kept; a call that needs more takes more."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.device, self.shape = model, model.device, (0, 0, 0)
+        cuda = self.device.type == "cuda"
+        self.capture = capture_graph if cuda else None
+        self.poll_every = 4 if cuda else 1  # steps between two looks at `done`
+        self.lag = cuda  # act on the look before, whose copy has surely arrived
+
+    def start(self, slots: int, tokens: int, new_tokens: int, eos_ids: list[int], temperature: float, top_p: float) -> None:
+        """Room for `slots` samples of up to `tokens` tokens, of which `new_tokens` are drawn."""
+        self.live = []  # (prompt, sample) of the slots 0 .. B-1, host side
+        self.longest, self.steps, self.look = 0, 0, None  # longest: at least the number of tokens in any live slot's cache
+        if any(need > have for need, have in zip((slots, tokens, new_tokens), self.shape)):
+            self.cache = None  # free the old one first
+            self.shape = slots, tokens, new_tokens = tuple(map(max, (slots, tokens, new_tokens), self.shape))
+            zeros = lambda *shape, dtype=torch.long: torch.zeros(shape, dtype=dtype, device=self.device)
+            self.cache = KVCache(self.model.config, slots, tokens, self.model.dtype, self.device)
+            self.length, self.limit = zeros(slots), zeros(slots)  # tokens in the cache; tokens to draw at most
+            self.token, self.count = zeros(slots), zeros(slots)  # the last one drawn, not yet in the cache; how many were
+            self.done = zeros(slots, dtype=torch.bool)
+            # one column more than is read: there a row goes on writing that is done, and not yet known to be
+            self.drawn, self.noise = zeros(slots, new_tokens + 1), zeros(slots, new_tokens + 1, dtype=torch.float64)
+            self.graphs = {}
+        how = (temperature, top_p, *eos_ids)
+        if how != getattr(self, "how", None):
+            self.how, self.eos = how, torch.tensor(eos_ids, device=self.device)
+            self.graphs = {}
+        self.done.fill_(True)
+
+    def fill(self, new: list[tuple[int, int]], prompts: list, limits: list, seeds: Tensor) -> None:
+        """Prefill the prompts of new samples into the slots behind the live ones, and draw their first tokens."""
+        start, device = len(self.live), self.device
+        slot_of = {}  # prompt -> the slot that its prefill writes
+        for slot, (i, _) in enumerate(new, start):
+            slot_of.setdefault(i, slot)
+        unique = list(slot_of)
+        unique.sort(key=lambda i: len(prompts[i]))  # equally long prompts side by side, see `model.packed_sdpa`
+        slots = torch.tensor([slot_of[i] for i in unique])
+        packed = Packed([prompts[i] for i in unique], device, cache=self.cache, slots=slots)
+        logits = forward(self.model, packed.ids, packed, packed.last)[0]  # (prompts, V)
+        row_of = {i: row for row, i in enumerate(unique)}
+        rows = torch.tensor([row_of[i] for i, _ in new])
+        source, target = slots[rows], torch.arange(start, start + len(new))
+        shared = source != target
+        if shared.any():
+            self.cache.copy(source[shared].to(device), target[shared].to(device), packed.max_length)
+        new_slots = slice(start, start + len(new))
+        i, j = torch.tensor(new).unbind(1)
+        self.length[new_slots] = torch.tensor([len(prompts[i]) for i, _ in new]).to(device)
+        self.limit[new_slots] = torch.tensor([limits[i] for i, _ in new]).to(device)
+        self.noise[new_slots] = uniforms(seeds[i, j].to(device), self.noise.shape[1])
+        self.count[new_slots], self.done[new_slots] = 0, False
+        self.live += new
+        self.longest = max(self.longest, packed.max_length)
+        self.accept(new_slots, logits[rows.to(device)])
+
+    def step(self) -> None:
+        """One token for every live slot."""
+        B, window = len(self.live), self.cache.window(self.longest + 1)
+        self.longest = min(self.longest + 1, self.shape[1] - 1)
+        if self.capture is None:
+            return self.decode(B, window)
+        B = min(self.shape[0], 1 << (B - 1).bit_length())  # the slots between are done, and stay so
+        graph = self.graphs.get((B, window))
+        if graph is None:  # the first step runs as it is, which warms up what a capture must not meet for the first time
+            self.graphs[B, window] = "warm"
+            self.decode(B, window)
+        elif graph == "warm":
+            self.graphs[B, window] = self.capture(lambda: self.decode(B, window))
+            self.graphs[B, window]()
+        else:
+            graph()
+
+    def decode(self, B: int, window: int) -> None:
+        """All of a step that runs on the device; reads and writes the state in place, and nothing back to the host."""
+        logits = forward(self.model, self.token[:B, None], Decode(self.cache, self.length[:B], window), 0)[:, 0]
+        self.length[:B] += ~self.done[:B]
+        self.accept(slice(0, B), logits)
+
+    def accept(self, rows: slice, logits: Tensor) -> None:
+        """Draw a token for each of the rows, and note which are done with it."""
+        t = self.count[rows, None]
+        temperature, top_p = self.how[:2]
+        token = draw(logits, self.noise[rows].gather(1, t).squeeze(1), temperature, top_p)
+        self.token[rows] = token
+        self.drawn[rows].scatter_(1, t, token[:, None])
+        self.count[rows] += ~self.done[rows]
+        self.done[rows] |= (token[:, None] == self.eos).any(1) | (self.count[rows] >= self.limit[rows])
+
+    def finished(self) -> list[int]:
+        """Live slots that are known to be done."""
+        self.steps += 1
+        if self.steps % self.poll_every:
+            return []
+        now = (self.done[: len(self.live)].to("cpu", non_blocking=True), torch.cuda.Event() if self.done.is_cuda else None)
+        if now[1]:
+            now[1].record()
+        look, self.look = (self.look, now) if self.lag else (now, None)
+        if look is None:
+            return []
+        if look[1]:
+            look[1].synchronize()
+        return look[0].nonzero().squeeze(1).tolist()
+
+    def retire(self) -> list[tuple[tuple[int, int], list[int]]]:
+        """Take finished samples out: ((prompt, sample), tokens) of each. The last live slots move into the gaps."""
+        done, B = self.finished(), len(self.live)
+        if len(done) <= B // 16:  # moving a few costs as much as decoding them on for nothing
+            return []
+        drawn, count = self.drawn[done].tolist(), self.count[done].tolist()
+        out = [(self.live[row], ids[:size]) for row, ids, size in zip(done, drawn, count)]
+        stay = B - len(done)
+        gaps = [row for row in done if row < stay]
+        gone = set(done)
+        movers = [row for row in range(stay, B) if row not in gone]
+        if gaps:
+            target, source = torch.tensor([gaps, movers], device=self.device)
+            self.cache.copy(source, target, self.longest)
+            for state in (self.length, self.limit, self.token, self.count, self.done, self.drawn, self.noise):
+                state[target] = state[source]
+        for gap, mover in zip(gaps, movers):
+            self.live[gap] = self.live[mover]
+        del self.live[stay:]
+        self.done[stay:] = True
+        self.longest = int(self.length[:stay].max()) if stay else 0
+        self.look = None  # its rows have moved
+        return out
+
+
+def capture_graph(step):
+    """step() recorded as one CUDA graph; the result replays it. All graphs share one memory pool: they run one at a time
+    and leave nothing in it."""
+    graph = torch.cuda.CUDAGraph()
+    if capture_graph.pool is None:
+        capture_graph.pool = torch.cuda.graph_pool_handle()
+    with torch.cuda.graph(graph, pool=capture_graph.pool):
+        step()
+    return graph.replay
+
+
+capture_graph.pool = None
 
 
 def forward(model, ids: Tensor, seqs: Packed | Decode, keep) -> Tensor:

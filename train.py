@@ -34,12 +34,12 @@ from data import (
 from eval import before_after, evaluate, judge
 from grader import VERDICTS
 from model import (
-    Muon, ScalarModel, all_reduce, eos_ids, load_causal_lm, load_tokenizer, optimizer_step, same_tokenizer,
-    start_processes, toy_model,
+    Muon, ScalarModel, all_reduce, checkpoint_layers, eos_ids, load_causal_lm, load_tokenizer, optimizer_step,
+    same_tokenizer, side_by_side, start_processes, toy_model,
 )  # fmt: skip
 from ppo import Rollout, ValueNorm, explained_variance, gae, log_probs, minibatches, score_values, update, whiten
 from rewards import PROCESS, REWARDS, refine, token_rewards
-from rollout import Batch, rollout
+from rollout import Batch, Sampler, rollout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -78,6 +78,7 @@ class Options(TextOptions):
     value_clip: float = option(0.2, "epsilon of the value clip, in normalised units; 0: off")
     max_grad_norm: float = option(1.0, "gradient clip")
     token_budget: int = option(16384, "packed tokens per micro-batch; changes memory and speed, never the gradient")
+    checkpoint_activations: bool = option(False, "keep only the layers' inputs, recompute the rest: less memory, slower")
     dtype: str = option("float32", "of the forward passes; weights stay float32", choices=["float32", "bfloat16"])
     # the reward model, where one is made
     label_problems: int = option(500, "questions whose solutions are labelled; 0: make no reward model")
@@ -262,16 +263,19 @@ class Trainer:
         self.tokenizer = load_tokenizer(model)
         self.policy = load_causal_lm(model, device=device)
         self.critic = ScalarModel(load_causal_lm(model, device=device)).eval()
+        if o.checkpoint_activations:
+            for lm in (self.policy, self.critic.lm):
+                checkpoint_layers(lm)
         self.reference = load_causal_lm(model, self.dtype, device).requires_grad_(False)
         # what samples: the policy itself, or a low-precision copy of it
-        self.sampler = self.policy if self.dtype == torch.float32 else copy.deepcopy(self.reference)
+        self.sampler = Sampler(self.policy if self.dtype == torch.float32 else copy.deepcopy(self.reference))
         self.reward_model = None
         if reward_model:
             same_tokenizer(self.tokenizer, reward_model)
             self.reward_model = ScalarModel.load(reward_model, self.dtype, device).requires_grad_(False)
         self.optimizers = [  # the second moments must forget within a run of tens of steps, hence the low betas
-            torch.optim.AdamW(self.policy.parameters(), lr=o.lr, betas=(0.9, 0.99), weight_decay=0.0),
-            torch.optim.AdamW(self.critic.parameters(), lr=o.critic_lr, betas=(0.9, 0.95), weight_decay=0.0),
+            torch.optim.AdamW(self.policy.parameters(), lr=o.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True),
+            torch.optim.AdamW(self.critic.parameters(), lr=o.critic_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
         ]
         self.value_norm = ValueNorm()
 
@@ -313,11 +317,11 @@ class Trainer:
         # 6. update policy and critic
         warm = (iteration - o.critic_warmup) / max(o.lr_warmup, 1)
         self.optimizers[0].param_groups[0]["lr"] = lr = o.lr * min(1, max(0, warm))
-        with self.autocast():
-            losses = update(
-                self.policy, self.critic, self.optimizers, batch, data, plans, temperature=o.temperature, clip=o.clip,
-                value_clip=o.value_clip, max_grad_norm=o.max_grad_norm, train_policy=iteration > o.critic_warmup,
-            )  # fmt: skip
+        losses = update(
+            self.policy, self.critic, self.optimizers, batch, data, plans, temperature=o.temperature, clip=o.clip,
+            value_clip=o.value_clip, max_grad_norm=o.max_grad_norm, train_policy=iteration > o.critic_warmup,
+            autocast=self.autocast,
+        )  # fmt: skip
         clock("update")
 
         # 7. log: means over the answers of all ranks
@@ -353,7 +357,7 @@ class Trainer:
         o, chosen = self.o, self.questions(iteration)
         mine = range(self.rank, o.questions, self.world)
         prompts = [self.prompts[chosen[q]] for q in mine]
-        sync(self.sampler, self.policy)
+        sync(self.sampler.model, self.policy)
         samples = rollout(
             self.sampler, prompts, o.samples, max_new_tokens=o.max_new_tokens, eos_ids=eos_ids(self.policy, self.tokenizer),
             temperature=o.temperature, top_p=o.top_p, slots=o.slots, seeds=[hash_seed(o.seed, iteration, q) for q in mine],
@@ -367,18 +371,26 @@ class Trainer:
     def score(self, batch: Batch, plans: list, ends):
         """Log-probabilities of policy and reference (B, T), the critic's raw values (B, T) and final values (B,), and
         the reward model's step scores (B, K) or outcome scores (B,), None where the reward has none."""
-        o, device, scores, outcome = self.o, self.device, None, None
+        o, device = self.o, self.device
         plan = [rows for minibatch in plans for rows in minibatch]
-        with self.autocast():
-            logp, ref_logp = (
-                batch.map(lambda _, *packed: log_probs(model, *packed, o.temperature)[0], plan, device)  # noqa: B023
-                for model in (self.policy, self.reference)
-            )
-            values, final = score_values(self.critic, batch, plan, device)
-            if o.reward == "orm":
-                outcome = prm.score_outcomes(self.reward_model, batch, plan, device)
-            elif o.reward in PROCESS:
-                scores = prm.score_steps(self.reward_model, batch, ends, plan, device)
+
+        def scored(score, *args):
+            with self.autocast():  # which holds for one thread
+                return score(*args, plan, device)
+
+        logp_by = lambda model: lambda _, *packed: log_probs(model, *packed, o.temperature)[0]
+        jobs = [
+            lambda: scored(batch.map, logp_by(self.policy)),
+            lambda: scored(batch.map, logp_by(self.reference)),
+            lambda: scored(score_values, self.critic, batch),
+        ]
+        if o.reward == "orm":
+            jobs.append(lambda: scored(prm.score_outcomes, self.reward_model, batch))
+        elif o.reward in PROCESS:
+            jobs.append(lambda: scored(prm.score_steps, self.reward_model, batch, ends))
+        logp, ref_logp, (values, final), *learned = side_by_side(*jobs)
+        learned = learned[0] if learned else None
+        scores, outcome = (None, learned) if o.reward == "orm" else (learned, None)
         return logp, ref_logp, values, final, scores, outcome
 
     def rollout_metrics(self, batch: Batch, answers: list[dict], mask, refined, outcome) -> dict:
@@ -399,7 +411,7 @@ class Trainer:
     def evaluate(self) -> tuple[dict, list[dict]]:
         """Greedy and sampled results on the evaluation problems, and the first greedy answers."""
         o, out, first = self.o, {}, []
-        sync(self.sampler, self.policy)
+        sync(self.sampler.model, self.policy)
         for way, temperature in (("greedy", 0.0), ("sampled", o.temperature)):
             result, answers = evaluate(
                 self.sampler, self.tokenizer, self.test, o.prompt, o.separator, max_new_tokens=o.max_new_tokens,

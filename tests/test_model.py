@@ -17,6 +17,7 @@ from model import (
     Packed,
     ScalarModel,
     eos_ids,
+    fuse,
     load_causal_lm,
     load_tokenizer,
     same_tokenizer,
@@ -40,7 +41,7 @@ def tiny(kind: str, seed: int = 0):
     torch.manual_seed(seed)
     for name, p in stock.named_parameters():
         p.data = torch.randn_like(p) * 0.3 + ("norm" in name)
-    ours = AutoModelForCausalLM.from_config(KINDS[kind](), attn_implementation=ATTENTION).eval()
+    ours = fuse(AutoModelForCausalLM.from_config(KINDS[kind](), attn_implementation=ATTENTION)).eval()
     ours.load_state_dict(stock.state_dict())
     return stock, ours
 

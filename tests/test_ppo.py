@@ -229,7 +229,7 @@ def test_log_probs_and_entropy_are_those_of_a_padded_plain_forward(temperature):
     with torch.no_grad():
         expected = plain_log_probs(deepcopy(policy), batch, temperature)
     logp = old_log_probs(policy, batch, plan, temperature)
-    entropy = batch.map(lambda _, *packed: log_probs(policy, *packed, temperature)[1], plan, "cpu")
+    entropy = batch.map(lambda _, *packed: log_probs(policy, *packed, temperature, entropy=True)[1], plan, "cpu")
     for got, want in zip((logp, entropy), expected):
         close(got, want)
         assert want[batch.mask].std() > 0.05  # the models are not so dull that anything would pass

@@ -42,6 +42,7 @@ def scripted(monkeypatch):
         return out
 
     monkeypatch.setattr(prm, "rollout", play)
+    monkeypatch.setattr(prm, "as_sampler", lambda model: model)
     monkeypatch.setattr(prm, "eos_ids", lambda *_: [1])
     play.calls = calls
     return play
