@@ -5,6 +5,7 @@ import random
 import sys
 from copy import deepcopy
 from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
@@ -16,8 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 from data import toy_problems, toy_solution, toy_tokenizer
 from model import ScalarModel, toy_model
 from ppo import (
-    Rollout, ValueNorm, explained_variance, gae, log_probs, minibatches, policy_loss, score_values, update, value_loss,
-    whiten,
+    Rollout, TokenLogProbs, ValueNorm, explained_variance, gae, log_probs, minibatches, policy_loss, score_values, update,
+    value_loss, whiten,
 )  # fmt: skip
 from rollout import Batch
 
@@ -244,6 +245,27 @@ def test_score_values_ends_with_the_critics_value_at_the_last_token():
         assert want.std() > 0.05
 
 
+@pytest.mark.parametrize("chunk", [1, 100, 2**26])
+@pytest.mark.parametrize("temperature, bias", [(1.0, False), (0.7, True)])
+def test_chunked_log_probs_and_their_gradients_are_those_of_one_log_softmax(monkeypatch, chunk, temperature, bias):
+    N, H, V = 11, 6, 30
+    monkeypatch.setattr(TokenLogProbs, "CHUNK", chunk)  # logits: 1, 3 and all rows at a time
+    rng = torch.Generator().manual_seed(0)
+    hidden, weight, b = (torch.randn(*n, generator=rng, requires_grad=True) for n in ((N, H), (V, H), (V,)))
+    targets, g = torch.randint(V, (N,), generator=rng), torch.randn(N, generator=rng)
+    inputs = [hidden, weight] + [b] * bias
+    full = ((hidden @ weight.T + (b if bias else 0)) / temperature).log_softmax(-1)
+    expected = full[torch.arange(N), targets]
+    logp, entropy = TokenLogProbs.apply(hidden, weight, b if bias else None, targets, temperature, True)
+    close(logp, expected)
+    close(entropy, -(full.exp() * full).sum(-1))
+    assert not entropy.requires_grad
+    for got, want in zip(torch.autograd.grad(logp, inputs, g), torch.autograd.grad(expected, inputs, g)):
+        close(got, want)
+    with torch.no_grad():
+        assert TokenLogProbs.apply(hidden, weight, None, targets, 1.0, False)[1].tolist() == [0] * N
+
+
 # ------------------------------------------------------------------------------------------------ update
 
 
@@ -326,6 +348,33 @@ def test_the_ratio_is_exactly_1_on_the_first_minibatch(dtype):
     assert metrics["max_ratio_error_first"] == 0.0
     assert metrics["approx_kl"] > 1e-4  # the second minibatch meets a policy that has moved
     assert off > 0.1  # a temperature other than the sampler's shows at once
+
+
+def test_low_precision_copies_of_the_weights_do_not_outlive_a_step():
+    batch, (plans, metrics) = solutions(), ([[[0, 1, 2, 3]], [[4, 5, 6, 7]]], [])
+    for cache_enabled in (True, False):
+        pair = models()
+        data = noisy_rollout(pair[0], batch, [list(range(8))])
+        autocast = partial(torch.autocast, "cpu", torch.bfloat16, cache_enabled=cache_enabled)
+        metrics.append(step(*pair, batch, data, plans, autocast=autocast))
+    assert metrics[0] == metrics[1]
+
+
+def test_policy_and_critic_side_by_side_learn_as_one_after_the_other():
+    batch, results = solutions(), []
+    for threads in (1, 2):
+        pair = models()
+        data = noisy_rollout(pair[0], batch, [list(range(8))])
+        torch.set_num_threads(threads)
+        try:
+            metrics = step(*pair, batch, data, [[[0, 1], [2, 3]], [[4, 5, 6, 7]]])
+        finally:
+            torch.set_num_threads(1)
+        results.append((metrics, *(flat(m.parameters()).detach() for m in pair)))
+    (a, *one), (b, *other) = results
+    assert a == pytest.approx(b, abs=1e-5)
+    for x, y in zip(one, other):
+        close(x, y)
 
 
 def test_the_gradient_is_clipped_to_the_given_norm():

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from test_model import padded, random_sequences, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data import UserError
-from rollout import Batch, draw, rollout, uniforms
+from rollout import Batch, Sampler, draw, invert, rollout, uniforms
 
 NEVER = [-1]  # EOS ids of answers that do not end
 PROMPTS = random_sequences([4, 1, 7, 2, 9, 3, 6, 5, 3], seed=4)
@@ -119,6 +120,25 @@ def test_draw_does_not_starve_the_rare_tokens_of_a_large_vocabulary():
     assert len(tokens.unique()) > 56 and (tokens.diff() >= 0).all() and abs(tokens[0] - 50_000) < 100
 
 
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.6, 1.0), (1.0, 0.8)])
+def test_a_large_vocabulary_is_drawn_in_two_stages_as_in_one(monkeypatch, temperature, top_p):
+    rng = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(3000, 5003, generator=rng)
+    u = torch.rand(3000, generator=rng, dtype=torch.float64)
+    two = draw(logits, u, temperature, top_p)
+    monkeypatch.setattr("rollout.BLOCK", 10_000)
+    assert torch.equal(two, draw(logits, u, temperature, top_p)) and len(two.unique()) > 500
+
+
+def test_invert_never_returns_an_index_of_weight_0():
+    p = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0, 0.0], [0, 0, 0, 0, 0, 1e-30]])
+    for u, index in ((0.0, 1), (0.3, 1), (0.3000001, 3), (1 - 2**-53, 3), (1.0, 3)):
+        i, rest = invert(p, torch.full((2,), u, dtype=torch.float64))
+        assert i.tolist() == [index, 5] and (0 <= rest).all() and (rest <= 1).all()
+    i, rest = invert(p, torch.tensor([0.65, 0.25], dtype=torch.float64))
+    assert i.tolist() == [3, 5] and rest.tolist() == pytest.approx([0.5, 0.25])
+
+
 def test_uniforms_are_splitmix64():
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]  # of seed 1234567
     u = uniforms(torch.tensor([1234567, -1]), 4)
@@ -153,6 +173,58 @@ def test_samples_depend_neither_on_slots_nor_on_order_nor_on_the_other_prompts()
         assert [[s.prompt for s in row] for row in got] == [[i] * 3 for i in range(len(picked))]
     fewer = answers(rollout(ours, PROMPTS, 2, max_new_tokens=limits, seeds=seeds, **more))
     assert fewer == [row[:2] for row in expected]  # sample j does not depend on how many there are
+
+
+def test_a_sampler_that_is_kept_gives_the_same_answers_and_follows_the_weights():
+    _, ours = tiny("llama gqa")
+    sampler = Sampler(ours)
+    small = dict(n=2, max_new_tokens=6, eos_ids=[3, 11], slots=3)
+    large = dict(n=3, max_new_tokens=14, eos_ids=[3], slots=20, temperature=0.8)
+    for _ in range(2):
+        for more in (small, large, small, large | dict(temperature=0)):
+            assert answers(rollout(sampler, PROMPTS, **more)) == answers(rollout(ours, PROMPTS, **more))
+        before = answers(rollout(ours, PROMPTS, **large))
+        with torch.no_grad():
+            for p in ours.parameters():
+                p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+        assert answers(rollout(ours, PROMPTS, **large)) != before
+
+
+@pytest.mark.parametrize("slots", [1, 5, 64])
+def test_the_loop_of_a_gpu_gives_the_same_answers(slots):
+    """As on CUDA, but for the graphs themselves: the number of slots rounded up, steps "captured" and replayed, and what
+    is done read seldom and late."""
+    _, ours = tiny("qwen2 gqa")
+    limits, more = [9, 3, 12, 5, 30, 1, 12, 7, 8], dict(eos_ids=[3, 11, 20, 21])
+    expected = answers(rollout(ours, PROMPTS, 3, max_new_tokens=limits, **more))
+    sampler, captured = Sampler(ours), []
+    sampler.capture = lambda step: captured.append(step) or step
+    sampler.poll_every, sampler.lag = 3, True
+    for _ in range(2):
+        assert answers(rollout(sampler, PROMPTS, 3, max_new_tokens=limits, slots=slots, **more)) == expected
+    assert {B for B, _ in sampler.graphs} <= {1, 2, 4, 8, 16, min(slots, 27)} and len(captured) <= len(sampler.graphs)
+    assert captured
+
+
+def test_a_step_reads_nothing_back_to_the_host():
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            seen.append(str(op))
+            return op(*args, **(kwargs or {}))
+
+    _, ours = tiny("llama gqa")
+    sampler, seen = Sampler(ours), []
+    decode = sampler.decode
+
+    def watched(*args):
+        with Watch():
+            decode(*args)
+
+    sampler.decode = watched
+    for top_p in (1.0, 0.9):
+        rollout(sampler, PROMPTS, 2, max_new_tokens=12, eos_ids=[3, 11], slots=4, top_p=top_p)
+    assert len(seen) > 500
+    assert not [op for op in seen if any(x in op for x in ("_local_scalar_dense", "nonzero", "masked_select", "unique"))]
 
 
 def test_samples_of_a_prompt_differ_and_a_seed_gives_the_same_again():
