@@ -318,6 +318,9 @@ def load_causal_lm(path: str, dtype=torch.float32, device="cpu") -> nn.Module:
         )
     except Exception as error:
         raise UserError(f"{path}: cannot load a causal LM ({first_line(error)}); give a local folder") from None
+    scaled = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+    if any(getattr(model.config, name, None) not in (None, 1) for name in scaled):
+        raise UserError(f"{path}: this model scales its logits, which the log-probabilities here leave out")
     if info["missing_keys"]:  # transformers would fill them with random numbers
         raise UserError(f"{path}: the weights lack {len(info['missing_keys'])} tensors, such as {min(info['missing_keys'])}")
     return fuse(model).to(device).eval()  # eval: dropout in the training forward would make the ratio start off 1

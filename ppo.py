@@ -34,6 +34,8 @@ def log_probs(
     and the training forward divide by the same temperature, or the ratio would compare two different policies."""
     head = model.get_output_embeddings()
     hidden = hidden_states(model, packed)[keep]
+    if torch.is_autocast_enabled(hidden.device.type):  # else the last norm's float32 would make the largest product slow
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     return TokenLogProbs.apply(hidden, head.weight, head.bias, targets, temperature, entropy)
 
 
@@ -47,20 +49,20 @@ class TokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def log_softmax(hidden, weight, bias, temperature):
-        with torch.autocast(hidden.device.type, enabled=False):
-            logits = F.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
-        return torch.log_softmax(logits if temperature == 1 else logits.float() / temperature, -1, dtype=torch.float32)
-
-    @classmethod
-    def chunks(cls, N: int, V: int):
-        size = max(cls.CHUNK // V, 1)
-        return [slice(start, start + size) for start in range(0, N, size)]
+        """Chunks of rows, and the log-probabilities (rows, V) of each."""
+        weight, bias = (x if x is None else x.to(hidden.dtype) for x in (weight, bias))
+        size = max(TokenLogProbs.CHUNK // len(weight), 1)
+        for start in range(0, len(hidden), size):
+            rows = slice(start, start + size)
+            logits = F.linear(hidden[rows], weight, bias)
+            if temperature != 1:
+                logits = logits.float() / temperature
+            yield rows, torch.log_softmax(logits, -1, dtype=torch.float32)
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature, entropy_too):
         logp, entropy = hidden.new_zeros(2, len(hidden), dtype=torch.float32)
-        for rows in TokenLogProbs.chunks(len(hidden), len(weight)):
-            full = TokenLogProbs.log_softmax(hidden[rows], weight, bias, temperature)  # (rows, V)
+        for rows, full in TokenLogProbs.log_softmax(hidden, weight, bias, temperature):
             logp[rows] = full.gather(-1, targets[rows, None]).squeeze(-1)
             if entropy_too:
                 entropy[rows] = -(full.exp() * full).sum(-1)
@@ -72,17 +74,18 @@ class TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         hidden, weight, bias, targets = ctx.saved_tensors
-        d_hidden = torch.empty_like(hidden)
-        d_weight, d_bias = torch.zeros_like(weight, dtype=torch.float32), torch.zeros_like(weight[:, 0], dtype=torch.float32)
-        for rows in TokenLogProbs.chunks(len(hidden), len(weight)):
-            g = grad[rows, None]
-            d_logits = TokenLogProbs.log_softmax(hidden[rows], weight, bias, ctx.temperature).exp_().mul_(-g)
-            d_logits = d_logits.scatter_add_(-1, targets[rows, None], g).div_(ctx.temperature)
-            d_bias += d_logits.sum(0)
+        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        d_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        low = weight.to(hidden.dtype)
+        for rows, full in TokenLogProbs.log_softmax(hidden, low, bias, ctx.temperature):
+            g = grad[rows, None] / ctx.temperature
+            d_logits = full.exp_().mul_(-g).scatter_add_(-1, targets[rows, None], g)
+            if bias is not None:
+                d_bias += d_logits.sum(0)
             d_logits = d_logits.to(hidden.dtype)
-            d_hidden[rows] = d_logits @ weight.to(hidden.dtype)
+            d_hidden[rows] = d_logits @ low
             d_weight += d_logits.T @ hidden[rows]
-        return d_hidden, d_weight.to(weight.dtype), None if bias is None else d_bias.to(bias.dtype), None, None, None
+        return d_hidden, d_weight, d_bias, None, None, None
 
 
 @torch.no_grad()

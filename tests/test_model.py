@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from data import UserError, toy_tokenizer
 from model import (
@@ -260,6 +260,14 @@ def test_folders_of_nonsense_are_refused_in_one_line(files, content, tmp_path):
         (tmp_path / file).write_text(content)
     refusal(load_causal_lm, tmp_path)
     refusal(load_tokenizer, tmp_path)
+
+
+def test_a_model_that_scales_its_logits_is_refused(tmp_path):
+    for scaling in (1.0, 8.0):
+        config = GraniteConfig(**CONFIG, num_key_value_heads=2, logits_scaling=scaling)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / str(scaling))
+    load_causal_lm(str(tmp_path / "1.0"))
+    assert "scales its logits" in refusal(load_causal_lm, tmp_path / "8.0")
 
 
 def test_a_broken_or_missing_model_is_refused_in_one_line(tmp_path):
