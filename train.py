@@ -480,7 +480,8 @@ def open_run(o: Options) -> Path:
         if not (folder / "checkpoint.pt").is_file():
             raise UserError(f"{folder} has no checkpoint to resume from")
         old = json.loads((folder / "config.json").read_text())
-        free = ("resume", "iterations", "save_every", "runs_dir", "slots", "threads")  # these do not change what is computed
+        # these do not change what is computed
+        free = ("resume", "iterations", "save_every", "runs_dir", "slots", "threads", "checkpoint_activations")
         changed = [f"{k} {old.get(k)} -> {v}" for k, v in asdict(o).items() if k not in free and old.get(k) != v]
         if changed:
             raise UserError(f"{folder} was started with other options ({', '.join(changed)}): use those, or another --name")
