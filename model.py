@@ -58,29 +58,27 @@ ATTENTION = "packed_or_decode"  # transformers matches names: it must not contai
 
 
 class KVCache:
-    """Keys and values of S slots: k, v are (layers, S, max_tokens, kv_heads, head_dim)."""
+    """Keys and values of S slots: k, v are (layers, S, kv_heads, max_tokens, head_dim). A head's keys lie together, so that
+    each head of each slot is a sequence of its own to whatever multiplies or attends."""
 
     def __init__(self, config, slots: int, max_tokens: int, dtype: torch.dtype, device):
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (config.num_hidden_layers, slots, max_tokens, config.num_key_value_heads, head_dim)
-        on_cpu = torch.device(device).type == "cpu"
-        # on CPU a head's keys lie together in memory: then all heads of all slots are one batched product
-        stored = (0, 1, 3, 2, 4) if on_cpu else (0, 1, 2, 3, 4)
+        shape = (config.num_hidden_layers, slots, config.num_key_value_heads, max_tokens, head_dim)
         # zeros, not empty: a masked key still meets its value, and 0 * nan is nan
-        make = lambda: torch.zeros([shape[d] for d in stored], dtype=dtype, device=device).permute(stored)
-        self.k, self.v = make(), make()
+        self.k, self.v = torch.zeros(2, *shape, dtype=dtype, device=device)
         # flash attention reads the lengths on the device: it needs no window, and one graph serves all lengths
-        self.reads_lengths = not on_cpu and dtype in (torch.float16, torch.bfloat16)
-        self.granularity = max_tokens if self.reads_lengths else 32 if on_cpu else 256
+        cuda = torch.device(device).type == "cuda"
+        self.reads_lengths = cuda and dtype in (torch.float16, torch.bfloat16)
+        self.granularity = max_tokens if self.reads_lengths else 256 if cuda else 32
 
     def window(self, tokens: int) -> int:
         """How many keys a step looks at, where a slot has up to `tokens`: rounded up, so that few shapes occur."""
-        return min(self.k.shape[2], -(-tokens // self.granularity) * self.granularity)
+        return min(self.k.shape[3], -(-tokens // self.granularity) * self.granularity)
 
     def copy(self, source: Tensor, target: Tensor, tokens: int) -> None:
         """Copy the first `tokens` positions of the slots `source` (M,) to the slots `target` (M,)."""
         for x in (self.k, self.v):
-            x[:, target, :tokens] = x[:, source, :tokens]
+            x[:, target, :, :tokens] = x[:, source, :, :tokens]
 
 
 class Packed:
@@ -114,7 +112,7 @@ class Packed:
         self.runs = [(n, len(list(same))) for n, same in groupby(self.lengths)]
         self.cache = cache
         if cache is not None:
-            self.token_slots = torch.repeat_interleave(slots.to(device), lengths.to(device))  # (N,)
+            self.token_slots = torch.repeat_interleave(slots, lengths).to(device)  # (N,)
 
 
 @dataclass
@@ -127,14 +125,18 @@ class Decode:
 
     def __post_init__(self):
         B, device = len(self.lengths), self.lengths.device
+        _, _, Hkv, T, _ = self.cache.k.shape
         self.position_ids = self.lengths[:, None]  # (B, 1)
         self.rows = torch.arange(B, device=device)
         if self.cache.reads_lengths:
-            self.used = (self.lengths + 1).to(torch.int32)  # (B,)
+            self.tokens = self.lengths.to(torch.int32)  # (B,)
+            self.used = (self.tokens + 1).repeat_interleave(Hkv)  # (B * Hkv,)
+            self.sequences = torch.arange(B * Hkv + 1, dtype=torch.int32, device=device)
+            self.starts = self.sequences * T
         else:
             unused = torch.arange(self.window, device=device) > self.lengths[:, None]
             bias = torch.zeros(B, self.window, dtype=self.cache.k.dtype, device=device).masked_fill_(unused, -torch.inf)
-            self.bias = bias.repeat_interleave(self.cache.k.shape[3], 0)[:, None]  # (B * Hkv, 1, window)
+            self.bias = bias.repeat_interleave(Hkv, 0)[:, None]  # (B * Hkv, 1, window)
 
 
 def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, seqs=None, **kw):
@@ -151,8 +153,8 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
 def packed_attention(layer: int, query, key, value, scale: float, seqs: Packed) -> Tensor:
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, H, D)
     if seqs.cache is not None:
-        seqs.cache.k[layer][seqs.token_slots, seqs.position_ids[0]] = k
-        seqs.cache.v[layer][seqs.token_slots, seqs.position_ids[0]] = v
+        seqs.cache.k[layer][seqs.token_slots, :, seqs.position_ids[0]] = k
+        seqs.cache.v[layer][seqs.token_slots, :, seqs.position_ids[0]] = v
     if q.is_cuda and q.dtype != torch.float32:
         cu, m = seqs.cu, seqs.max_length
         if flash_attn_varlen_func is not None:
@@ -176,28 +178,28 @@ def packed_sdpa(query, key, value, scale: float, seqs: Packed) -> Tensor:
 
 def decode_attention(layer: int, query, key, value, scale: float, seqs: Decode) -> Tensor:
     B, Hq, _, D = query.shape
-    k_cache, v_cache = seqs.cache.k[layer, :B], seqs.cache.v[layer, :B]  # (B, max_tokens, Hkv, D)
+    k_cache, v_cache = seqs.cache.k[layer, :B], seqs.cache.v[layer, :B]  # (B, Hkv, T, D)
     if seqs.cache.reads_lengths and flash_attn_with_kvcache is not None:
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        q, k, v, k_cache, v_cache = (x.transpose(1, 2) for x in (query, key, value, k_cache, v_cache))
         # the kernel appends k and v behind these many tokens
         return flash_attn_with_kvcache(
-            q, k_cache, v_cache, k, v, cache_seqlens=seqs.used - 1, softmax_scale=scale, causal=True
+            q, k_cache, v_cache, k, v, cache_seqlens=seqs.tokens, softmax_scale=scale, causal=True
         )
-    k_cache[seqs.rows, seqs.lengths] = key[:, :, 0]
-    v_cache[seqs.rows, seqs.lengths] = value[:, :, 0]
-    if seqs.cache.reads_lengths:
-        # torch's copy of flash attention: the slots are one packed row of sequences, of which it reads the used part
-        T = k_cache.shape[1]
-        one = torch.arange(B + 1, dtype=torch.int32, device=query.device)
-        out, *_ = torch.ops.aten._flash_attention_forward(
-            query[:, :, 0], k_cache.flatten(0, 1), v_cache.flatten(0, 1), one, one * T, 1, T, 0.0, False, False,
-            scale=scale, seqused_k=seqs.used,
-        )  # fmt: skip
-        return out[:, None]
+    k_cache[seqs.rows, :, seqs.lengths] = key[:, :, 0]
+    v_cache[seqs.rows, :, seqs.lengths] = value[:, :, 0]
     # Grouped-query attention: a group's query heads become query rows, so the KV heads are never repeated.
-    Hkv = k_cache.shape[2]
-    k, v = (x[:, : seqs.window].transpose(1, 2).flatten(0, 1) for x in (k_cache, v_cache))  # (B * Hkv, window, D)
+    Hkv, T = k_cache.shape[1:3]
+    if seqs.cache.reads_lengths:
+        # torch's copy of flash attention: each head of each slot is a packed sequence, of which it reads the used part
+        q = query.reshape(B * Hq, 1, D)
+        k, v = (x.flatten(0, 2)[:, None] for x in (k_cache, v_cache))  # (B * Hkv * T, 1, D), views
+        group = Hq // Hkv
+        out, *_ = torch.ops.aten._flash_attention_forward(
+            q, k, v, seqs.sequences * group, seqs.starts, group, T, 0.0, False, False, scale=scale, seqused_k=seqs.used
+        )
+        return out.view(B, 1, Hq, D)
     q = query.reshape(B * Hkv, -1, D)
+    k, v = (x[:, :, : seqs.window].flatten(0, 1) for x in (k_cache, v_cache))  # (B * Hkv, window, D), views
     return (torch.baddbmm(seqs.bias, q, k.mT, alpha=scale).softmax(-1) @ v).view(B, 1, Hq, D)
 
 

@@ -45,7 +45,7 @@ class TokenLogProbs(torch.autograd.Function):
     The float32 logits exist for a chunk of rows at a time, and once more in the backward pass: (N, V) would be 2.5 GB
     for 4,096 tokens of a vocabulary of 150,000. The weight's gradient is summed over the chunks in float32."""
 
-    CHUNK = 2**26  # logits
+    CHUNK = 2**28 if torch.cuda.is_available() else 2**24  # logits
 
     @staticmethod
     def log_softmax(hidden, weight, bias, temperature):

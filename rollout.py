@@ -102,9 +102,6 @@ def uniforms(seeds: Tensor, steps: int) -> Tensor:
     return ((x >> 11) & (1 << 53) - 1).double() / (1 << 53)
 
 
-BLOCK = 512  # tokens
-
-
 def draw(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
     """Next tokens (B,) from logits (B, V) by inverting the distribution function at u (B,); greedy at temperature 0."""
     if temperature == 0:
@@ -114,13 +111,15 @@ def draw(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0) -> T
         ordered, order = p.sort(-1, descending=True)
         ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
         p = torch.zeros_like(p).scatter(-1, order, ordered)
-    if p.shape[1] <= 2 * BLOCK:
+    V = p.shape[1]
+    if V <= 1024:
         return invert(p, u)[0]
     # first the block, then the token in it: float64 sums over a large vocabulary would cost more than all the rest
-    p = F.pad(p, (0, -p.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))  # (B, V / BLOCK, BLOCK)
-    block, rest = invert(p.sum(-1, dtype=torch.float64), u)
-    inside = p.take_along_dim(block[:, None, None], 1).squeeze(1)  # (B, BLOCK)
-    return block * BLOCK + invert(inside, rest)[0]
+    size = next((n for n in (512, 256, 128, 64) if V % n == 0), 512)
+    p = F.pad(p, (0, -V % size)).unflatten(1, (-1, size))  # (B, V / size, size)
+    block, rest = invert(p.sum(-1), u)
+    inside = p.take_along_dim(block[:, None, None], 1).squeeze(1)  # (B, size)
+    return block * size + invert(inside, rest)[0]
 
 
 def invert(p: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,7 +204,9 @@ class Sampler:
     def __init__(self, model: nn.Module):
         self.model, self.device, self.shape = model, model.device, (0, 0, 0)
         cuda = self.device.type == "cuda"
-        self.capture = capture_graph if cuda else None
+        # these rotary embeddings look at the positions on the host, which a graph cannot
+        moving = any(kind in str(getattr(model.config, "rope_parameters", "")) for kind in ("dynamic", "longrope"))
+        self.capture = capture_graph if cuda and not moving else None
         self.poll_every = 4 if cuda else 1  # steps between two looks at `done`
         self.lag = cuda  # act on the look before, whose copy has surely arrived
 
@@ -223,11 +224,11 @@ class Sampler:
             self.done = zeros(slots, dtype=torch.bool)
             # one column more than is read: there a row goes on writing that is done, and not yet known to be
             self.drawn, self.noise = zeros(slots, new_tokens + 1), zeros(slots, new_tokens + 1, dtype=torch.float64)
-            self.graphs = {}
-        how = (temperature, top_p, *eos_ids)
-        if how != getattr(self, "how", None):
-            self.how, self.eos = how, torch.tensor(eos_ids, device=self.device)
-            self.graphs = {}
+            self.graphs, self.ends = {}, {}
+        self.how = (temperature, top_p, *eos_ids)
+        if self.how not in self.ends:  # kept, since graphs read it
+            self.ends[self.how] = torch.tensor(eos_ids, device=self.device)
+        self.eos = self.ends[self.how]
         self.done.fill_(True)
 
     def fill(self, new: list[tuple[int, int]], prompts: list, limits: list, seeds: Tensor) -> None:
@@ -264,15 +265,14 @@ class Sampler:
         if self.capture is None:
             return self.decode(B, window)
         B = min(self.shape[0], 1 << (B - 1).bit_length())  # the slots between are done, and stay so
-        graph = self.graphs.get((B, window))
-        if graph is None:  # the first step runs as it is, which warms up what a capture must not meet for the first time
-            self.graphs[B, window] = "warm"
-            self.decode(B, window)
-        elif graph == "warm":
-            self.graphs[B, window] = self.capture(lambda: self.decode(B, window))
-            self.graphs[B, window]()
-        else:
-            graph()
+        key = (self.how, B, window)
+        if key not in self.graphs:  # a first step runs as it is: a capture must not be the first to call a kernel
+            self.graphs[key] = None
+            return self.decode(B, window)
+        if self.graphs[key] is None:
+            captured = [graph for graph in self.graphs.values() if graph is not None]
+            self.graphs[key] = self.capture(lambda: self.decode(B, window), captured)
+        self.graphs[key].replay()
 
     def decode(self, B: int, window: int) -> None:
         """All of a step that runs on the device; reads and writes the state in place, and nothing back to the host."""
@@ -330,18 +330,13 @@ class Sampler:
         return out
 
 
-def capture_graph(step):
-    """step() recorded as one CUDA graph; the result replays it. All graphs share one memory pool: they run one at a time
-    and leave nothing in it."""
+def capture_graph(step, captured: list):
+    """step() recorded as a CUDA graph. It shares the memory of those captured before: they run one at a time, and leave
+    nothing there that is read later."""
     graph = torch.cuda.CUDAGraph()
-    if capture_graph.pool is None:
-        capture_graph.pool = torch.cuda.graph_pool_handle()
-    with torch.cuda.graph(graph, pool=capture_graph.pool):
+    with torch.cuda.graph(graph, pool=captured[0].pool() if captured else None):
         step()
-    return graph.replay
-
-
-capture_graph.pool = None
+    return graph
 
 
 def forward(model, ids: Tensor, seqs: Packed | Decode, keep) -> Tensor:

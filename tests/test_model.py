@@ -168,9 +168,9 @@ def test_decoding_with_the_cache_is_the_full_forward_at_each_step(kind):
     packed = Packed([prompts[i] for i in order], cache=cache, slots=torch.tensor(order))
     prefill = packed_forward(ours, packed)[packed.last]
     torch.testing.assert_close(prefill, torch.stack([full[i][len(prompts[i]) - 1] for i in order]), atol=1e-5, rtol=0)
-    cache.v[:, 0, 7] = 4.0
+    cache.v[:, 0, :, 7] = 4.0
     cache.copy(torch.tensor([0, 2]), torch.tensor([4, 5]), 7)
-    assert (cache.k[:, 6] == 3).all() and (cache.k[:, 1, 2:] == 3).all() and (cache.v[:, 4, 7] == 3).all()
+    assert (cache.k[:, 6] == 3).all() and (cache.k[:, 1, :, 2:] == 3).all() and (cache.v[:, 4, :, 7] == 3).all()
 
     lengths = torch.tensor([len(prompts[i]) for i in owner])
     for t in range(steps):
