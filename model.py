@@ -223,28 +223,30 @@ def fuse(model: nn.Module) -> nn.Module:
 
 
 def rms_norm(module, x: Tensor) -> Tensor:
-    x = x.to(module.weight.dtype)
-    if x.is_cuda:  # where torch has one kernel for it
-        return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
-    return RMSNorm.apply(x, module.weight, module.variance_epsilon)
+    weight, eps = module.weight, module.variance_epsilon
+    x = x.to(weight.dtype)
+    if torch.is_grad_enabled() and not x.is_cuda:  # where torch has a kernel for the backward as well
+        return RMSNorm.apply(x, weight, eps)
+    return F.rms_norm(x, weight.shape, weight, eps)
 
 
 class RMSNorm(torch.autograd.Function):
-    """y = x / rms(x) * weight, over the last dimension."""
+    """y = x / rms(x) * weight, over the last dimension; forward as without gradients, or the ratio would not start at 1."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        scale = mean_square.add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return F.rms_norm(x, weight.shape, weight, eps)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, scale = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
+        H = x.shape[-1]
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(H).add_(ctx.eps).rsqrt_()
         normed = x * scale
         along = grad * normed
-        mean = (along @ weight)[..., None].div_(-x.shape[-1])
+        mean = (along @ weight)[..., None].div_(-H)
         return torch.addcmul(grad * weight, normed, mean).mul_(scale), along.flatten(0, -2).sum(0), None
 
 
@@ -255,7 +257,8 @@ def attention_forward(module, hidden_states: Tensor, position_embeddings, seqs=N
     if hasattr(module, "q_norm"):
         q, k = module.q_norm(q), module.k_norm(k)
     cos, sin = (x.unsqueeze(-2) for x in position_embeddings)  # (B, T, 1, D)
-    q, k = Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)
+    turn = Rotate.apply if torch.is_grad_enabled() else rotate
+    q, k = turn(q, cos, sin), turn(k, cos, sin)
     out, _ = attention(module, *(x.transpose(1, 2) for x in (q, k, v)), None, module.scaling, seqs=seqs)
     return module.o_proj(out.flatten(-2)), None
 
