@@ -2,8 +2,8 @@
 
 Training and scoring never pad. Sequences lie end to end in one row (`Packed`), and the sampler decodes one token per
 slot of a preallocated KV cache (`Decode`). Both are served by one function registered with transformers' attention
-interface, which calls flash_attn where it is installed, torch's own kernels on CUDA, and SDPA on CPU. The model code
-itself is transformers', untouched.
+interface, which calls flash_attn where it is installed, torch's own kernels on CUDA, and SDPA on CPU. The models are
+transformers' own; `fuse` swaps the forwards of norms and attention for faster ones that compute the same.
 
 `ScalarModel` adds one scalar head: the critic reads it as a value, ORM and PRM as the logit of "correct".
 
