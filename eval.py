@@ -147,7 +147,7 @@ def read_run(folder: str) -> list[dict]:
     path = Path(folder) / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{folder}: not the folder of a run (it has no metrics.jsonl)")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     if not any("greedy_accuracy" in row for row in rows):
         raise UserError(f"{path}: holds no evaluation")
     return rows
@@ -173,7 +173,7 @@ def compare(runs: list[dict]) -> str:
         for way in ("greedy", "sampled"):
             cells.append(f"{100 * m[f'{way}_accuracy']:.1f} ± {196 * m[f'{way}_stderr']:.1f}")
             cells += [f"{m[f'{way}_{key}']:.1f}" for key in ("steps", "tokens")]
-        lines.append("| " + " | ".join([*cells, f"{m.get('process_reward', 0):.2f}"]) + " |")
+        lines.append("| " + " | ".join([*cells, f"{m.get('process_reward') or 0:.2f}"]) + " |")
     return "\n".join(lines)
 
 
@@ -197,7 +197,7 @@ def draw_curves(folders: list[str], path: str) -> None:
     figure, axes = plt.subplots(2, 3, figsize=(11, 6), layout="constrained")
     for ax, (key, title) in zip(axes.flat, panels):
         for i, folder in enumerate(folders):
-            points = [(row["iteration"], row[key]) for row in read_run(folder) if key in row]
+            points = [(row["iteration"], row[key]) for row in read_run(folder) if row.get(key) is not None]
             if points:
                 marker = "o" if key == "greedy_accuracy" else None
                 ax.plot(*zip(*points), color=colours[i % 7], linestyle=styles[i % 7], marker=marker, label=Path(folder).name)

@@ -5,9 +5,10 @@ slot of a preallocated KV cache (`Decode`). Both are served by one function regi
 interface, which calls flash_attn where it is installed, torch's own kernels on CUDA, and SDPA on CPU. The models are
 transformers' own; `fuse` swaps the forwards of norms and attention for faster ones that compute the same.
 
-`ScalarModel` adds one scalar head: the critic reads it as a value, ORM and PRM as the logit of "correct".
+`ScalarModel` adds one scalar head: the critic reads it as a value, ORM and PRM as the logit of "correct". `shard` splits
+the weights of any of them over the GPUs; nothing else in the project knows whether a model is sharded.
 
-Left out: sliding windows, softcaps and attention sinks (refused with a sentence), sharding (data parallel only).
+Left out: sliding windows, softcaps and attention sinks (refused with a sentence), tensor and pipeline parallelism.
 
 Nothing to run here; tests/test_model.py shows each part beside the padded model it must equal.
 """
@@ -15,15 +16,22 @@ Nothing to run here; tests/test_model.py shows each part beside the padded model
 import atexit
 import inspect
 import json
+import math
 import os
 import re
+import socket
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
+from threading import Event, Thread
 from types import MethodType
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -31,14 +39,21 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data import UserError
 
 transformers.utils.logging.disable_progress_bar()  # "Loading weights" would break up the bars that mean something
 
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
 try:
     from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 except ImportError:
@@ -62,8 +77,8 @@ class KVCache:
     each head of each slot is a sequence of its own to whatever multiplies or attends."""
 
     def __init__(self, config, slots: int, max_tokens: int, dtype: torch.dtype, device):
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (config.num_hidden_layers, slots, config.num_key_value_heads, max_tokens, head_dim)
+        heads = config.num_key_value_heads
+        shape = (config.num_hidden_layers, slots, heads, max_tokens, width(config)[3] // heads)
         # zeros, not empty: a masked key still meets its value, and 0 * nan is nan
         self.k, self.v = torch.zeros(2, *shape, dtype=dtype, device=device)
         # flash attention reads the lengths on the device: it needs no window, and one graph serves all lengths
@@ -145,7 +160,6 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     `seqs`, a Packed or a Decode, travels through the model call as a keyword argument."""
     if sliding_window is not None or kw.get("softcap") is not None or getattr(module, "sinks", None) is not None:
         raise UserError("this model uses sliding windows, softcaps or sinks, which the attention here leaves out")
-    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast the rotation left them in float32
     attend = packed_attention if isinstance(seqs, Packed) else decode_attention
     return attend(module.layer_idx, query, key, value, scaling, seqs), None
 
@@ -302,6 +316,45 @@ def toy_model(tokenizer, seed: int, hidden: int = 64, layers: int = 3, heads: in
     return model
 
 
+SHAPES = {  # of the paper's models, Qwen2, Qwen2-Math and Qwen2.5-Math, to plan for them without the hub
+    "-1.5b-instruct": dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+                           num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True),
+    "-7b-instruct": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+                         num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False),
+}  # fmt: skip
+
+
+def model_shape(path: str):
+    """A model's configuration as far as it sets memory and time. Raises UserError if it cannot be read."""
+    size = next((s for s in SHAPES if path.startswith("Qwen/Qwen2") and path.lower().endswith(s)), None)
+    if size:
+        return Qwen2Config(**SHAPES[size])
+    try:
+        return AutoConfig.from_pretrained(path)
+    except Exception as error:
+        raise UserError(f"{path}: cannot read its configuration ({first_line(error)}); give a local folder") from None
+
+
+@lru_cache
+def parameters_of(json_config: str, kind: type) -> tuple[int, int, int, int]:
+    lm = empty_lm(kind(**json.loads(json_config)))
+    size = lambda module: sum(p.numel() for p in module.parameters())  # tied weights once
+    layers = [size(layer) for layer in lm.base_model.layers]
+    tied = lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
+    return size(lm), max(layers), size(lm) - sum(layers), 0 if tied else size(lm.get_output_embeddings())
+
+
+def parameters(config) -> tuple[int, int, int, int]:
+    """Parameters of an LM, of its largest layer, of all but the layers, of an output layer that is not tied."""
+    return parameters_of(config.to_json_string(use_diff=False), type(config))
+
+
+def width(config) -> tuple[int, int, int, int]:
+    """Numbers that a token is: hidden, within the MLP, in all heads' queries, in all heads' keys."""
+    D = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.hidden_size, config.intermediate_size, config.num_attention_heads * D, config.num_key_value_heads * D
+
+
 def load_tokenizer(path: str):
     """Raises UserError if there is none, or none that ends its answers."""
     if Path(path).is_dir() and not any(any(Path(path).glob(p)) for p in ("tokenizer*", "vocab*", "*.model")):
@@ -316,7 +369,10 @@ def load_tokenizer(path: str):
 
 
 def load_causal_lm(path: str, dtype=torch.float32, device="cpu") -> nn.Module:
-    """A causal LM with our attention, from a folder or a hub name. Raises UserError if it cannot be loaded."""
+    """A causal LM with our attention, from a folder or a hub name; on the "meta" device its shape alone. Raises UserError
+    if it cannot be loaded."""
+    if str(device) == "meta":
+        return empty_lm(AutoConfig.from_pretrained(path), dtype)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             path, attn_implementation=ATTENTION, dtype=dtype, output_loading_info=True
@@ -329,6 +385,23 @@ def load_causal_lm(path: str, dtype=torch.float32, device="cpu") -> nn.Module:
     if info["missing_keys"]:  # transformers would fill them with random numbers
         raise UserError(f"{path}: the weights lack {len(info['missing_keys'])} tensors, such as {min(info['missing_keys'])}")
     return fuse(model).to(device).eval()  # eval: dropout in the training forward would make the ratio start off 1
+
+
+def empty_lm(config, dtype=torch.float32) -> nn.Module:
+    with torch.device("meta"):
+        return fuse(AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=dtype)).eval()
+
+
+def save_lm(lm: nn.Module, tokenizer, path: str | Path, rank: int = 0) -> None:
+    """A folder in Hugging Face format, written by rank 0; all ranks must call, for each holds a part of the weights."""
+    weights = {}
+    for name, p in lm.named_parameters():  # one by one: all of them would not fit a GPU
+        p = whole(p)
+        if rank == 0:
+            weights[name] = p.cpu()
+    if rank == 0:
+        lm.save_pretrained(path, state_dict=weights)
+        tokenizer.save_pretrained(path)
 
 
 def same_tokenizer(tokenizer, path: str) -> None:
@@ -382,14 +455,16 @@ class ScalarModel(nn.Module):
         self.head = nn.Linear(lm.config.hidden_size + likelihood, 1).to(lm.device)  # float32
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+        output = lm.get_output_embeddings().weight
+        if not likelihood and output is not lm.get_input_embeddings().weight:
+            output.requires_grad_(False)  # nobody reads it: neither gradient nor optimizer state
 
     def forward(self, packed: Packed) -> Tensor:
         hidden = hidden_states(self.lm, packed)
-        x = hidden.float()
+        x = hidden.float()  # the head computes in float32 even where the LM runs in bfloat16
         if self.likelihood:
             x = torch.cat([x, self.lowest_log_prob(hidden, packed)[:, None]], 1)
-        with torch.autocast(x.device.type, enabled=False):  # float32 even where the LM runs in bfloat16
-            return self.head(x).squeeze(-1)
+        return self.head(x).sum(-1)  # of one; FSDP wants no views
 
     def lowest_log_prob(self, hidden: Tensor, packed: Packed) -> Tensor:
         logp = self.lm.get_output_embeddings()(hidden[:-1]).float().log_softmax(-1)
@@ -397,11 +472,13 @@ class ScalarModel(nn.Module):
         logp = logp * packed.is_response
         return torch.cat([x.cummin(0).values for x in logp.split(packed.lengths)])
 
-    def save(self, path: str | Path) -> None:
-        """A folder with the LM in Hugging Face format and the head in head.safetensors."""
-        self.lm.save_pretrained(path)
-        save_file(self.head.state_dict(), Path(path) / "head.safetensors")
-        Path(path, "head.json").write_text(json.dumps({"likelihood": self.likelihood}))
+    def save(self, tokenizer, path: str | Path, rank: int = 0) -> None:
+        """A folder with the LM in Hugging Face format and the head in head.safetensors; see `save_lm`."""
+        save_lm(self.lm, tokenizer, path, rank)
+        head = {name: whole(p).cpu() for name, p in self.head.named_parameters()}
+        if rank == 0:
+            save_file(head, Path(path) / "head.safetensors")
+            Path(path, "head.json").write_text(json.dumps({"likelihood": self.likelihood}))
 
     @classmethod
     def load(cls, path: str | Path, dtype=torch.float32, device="cpu") -> "ScalarModel":
@@ -410,25 +487,196 @@ class ScalarModel(nn.Module):
             if not Path(path, name).is_file():
                 raise UserError(f"{path}: not a reward model that prm.py trained (it has no {name})")
         model = cls(load_causal_lm(path, dtype, device), json.loads(Path(path, "head.json").read_text())["likelihood"])
-        model.head.load_state_dict(load_file(Path(path, "head.safetensors")))
+        if str(device) != "meta":
+            model.head.load_state_dict(load_file(Path(path, "head.safetensors")))
         return model.eval()
+
+
+# ------------------------------------------------------------------------------------------------ sharding
+
+
+def shard(make, dtype: torch.dtype, device, offload: bool = False) -> nn.Module:
+    """The model that make(device) builds, on all ranks, with FSDP2: each GPU keeps its part of the weights, and gathers a
+    layer when it computes. Weights, sums of gradients and what the optimizer keeps are as loaded (float32 where a model
+    learns), all else is in `dtype`, but for a ScalarModel's head. Among several nodes each node holds a whole model.
+
+    Rank 0 alone reads the file, the others make("meta"). offload: what is kept stays in the CPU's memory. One process that
+    computes in float32 has nothing to split and nothing to cast: its model stays as it is."""
+    if dtype == torch.float32 and not (dist.is_initialized() and dist.get_world_size() > 1):
+        return make(device)
+    if not dist.is_initialized():
+        dist.init_process_group(BACKEND, store=dist.HashStore(), rank=0, world_size=1)
+        atexit.register(dist.destroy_process_group)
+    model = on_rank_0(lambda: make("cpu"), share=False) or make("meta")
+    units = [(module, dtype) for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    units += [(model.head, torch.float32)] if isinstance(model, ScalarModel) else []
+    for unit, low in [*units, (model, dtype)]:  # the model itself last: it takes what is left
+        materialise(unit, device)
+        fully_shard(
+            unit, mesh=gpus(device.type), reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(low, torch.float32),
+            offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy(),
+        )  # fmt: skip
+        # add the gradients of the ranks up, since the losses are divided by global counts already
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+@lru_cache
+def gpus(kind: str):
+    """All GPUs in a row, or nodes x GPUs: then weights are split within a node and copied among nodes."""
+    world = dist.get_world_size()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if world % local:
+        raise UserError(f"{world} processes, of which {local} on this node: every node must run as many")
+    if world == local:
+        return init_device_mesh(kind, (world,))
+    return init_device_mesh(kind, (world // local, local), mesh_dim_names=("nodes", "gpus"))
+
+
+def materialise(module: nn.Module, device) -> None:
+    """Rank 0's weights and buffers on the device of every rank, unless they are sharded. Tied weights stay tied."""
+    moved = {}
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, x in tensors.items():
+                if x is None or isinstance(x, DTensor):
+                    continue
+                if x not in moved:
+                    new = torch.empty_like(x, device=device) if x.is_meta else x.detach().to(device)
+                    dist.broadcast(new, 0)
+                    moved[x] = nn.Parameter(new, x.requires_grad) if isinstance(x, nn.Parameter) else new
+                tensors[name] = moved[x]
+
+
+def whole(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A weight, gathered from all ranks if it is sharded; then all ranks must call."""
+    x = x.detach().to(dtype or x.dtype)
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def replica(lm: nn.Module, dtype: torch.dtype, device) -> nn.Module:
+    """A whole LM of the same shape on each rank, for the sampler, whose weights come by `sync`; the LM itself where it is
+    not sharded."""
+    if not any(isinstance(p, DTensor) for p in lm.parameters()):
+        return lm
+    copy = empty_lm(lm.config, dtype).to_empty(device=device)
+    copy.tie_weights()
+    for name, buffer in lm.named_buffers():
+        copy.get_buffer(name).copy_(buffer)
+    return copy.requires_grad_(False)
+
+
+@torch.no_grad()
+def sync(copy: nn.Module, lm: nn.Module) -> None:
+    """Copy the LM's weights into its replica, in place; nothing to do where they are one."""
+    if copy is not lm:
+        for target, source in zip(copy.parameters(), lm.parameters()):
+            target.copy_(whole(source, target.dtype))
+
+
+def last_micro_batch(model: nn.Module, last: bool) -> None:
+    """Among several nodes, sum the gradients once per step; within a node they are summed in each backward pass, since
+    nobody has room for all of them."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(last)
 
 
 # ------------------------------------------------------------------------------------------------ several processes
 
 
+BACKEND = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
 def start_processes() -> tuple[int, int, torch.device]:
     """Rank, world size and device, under torchrun or alone."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    rank, world, local = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local)
     if world > 1 and not dist.is_initialized():
-        # rank 0 alone may load or write for long; the others wait for it
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
+        store = meet(next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))[0], rank, world)
+        # rank 0 alone may load or write for long; the others wait for it, and `watching` tells waiting from dead
+        dist.init_process_group(BACKEND, store=store, rank=rank, world_size=world, timeout=timedelta(hours=12))
         atexit.register(dist.destroy_process_group)
-    return int(os.environ.get("RANK", 0)), world, torch.device("cuda", local) if cuda else torch.device("cpu")
+    return rank, world, torch.device("cuda", local) if cuda else torch.device("cpu")
+
+
+def meet(store, rank: int, world: int):
+    """A part of the store that is this start's own. torchrun keeps one store over all its restarts, in which the new
+    processes would find the addresses of the dead; nor do its nodes always agree on the number of restarts."""
+    me = uuid4().hex
+    if rank:
+        store.set(f"hello{rank}", me)
+        start = store.get(me).decode()  # waits for rank 0's answer to this very process
+        store.set(f"{start}{rank}", "here")
+        return dist.PrefixStore(start, store)
+    missing = set(range(1, world))
+    while missing:  # a greeting of the dead is answered too, in vain
+        for other in [r for r in missing if store.check([f"hello{r}"])]:
+            store.set(store.get(f"hello{other}").decode(), me)
+        missing = {r for r in missing if not store.check([f"{me}{r}"])}
+        time.sleep(0.02)
+    return dist.PrefixStore(me, store)
+
+
+@contextmanager
+def watching(rank: int, world: int, every: float = 2.0, patience: float = 45.0):
+    """Meanwhile each process says every few seconds that it lives, and looks after one other. When one stops, the others
+    are told which and why, and stop as well; in a collective they would wait for it for hours."""
+    if world == 1:
+        yield
+        return
+    store = dist.distributed_c10d._get_default_store().clone()  # of its own: who waits on one locks it
+    over, me = Event(), f"{socket.gethostname()} {os.getpid()}"
+    keeps_store = rank == 0 and "TORCHELASTIC_RUN_ID" not in os.environ
+    linger = lambda: time.sleep(2 * every if keeps_store else 0)  # until the others have read why
+
+    def look(count: int, seen: dict) -> str:
+        """Why to stop, or nothing."""
+        store.set(f"beat{rank}", f"{me} {count}")
+        if store.check(["stopped"]):
+            return store.get("stopped").decode()
+        peer = (rank + 1) % world
+        beat = store.get(f"beat{peer}").decode() if store.check([f"beat{peer}"]) else ""
+        if beat != seen.get("beat"):
+            seen.update(beat=beat, time=time.monotonic())
+        host, pid = beat.split()[:2] if beat else ("", 0)
+        silent = time.monotonic() - seen["time"]
+        gone = host == socket.gethostname() and Path("/proc/self").exists() and not Path(f"/proc/{pid}").exists()
+        if silent < patience and not gone:
+            return ""
+        how = f"has not been heard of for {silent:.0f} s" if silent >= patience else "has died"
+        store.set("stopped", f"rank {peer} (process {pid} on {host}) {how}")
+        return store.get("stopped").decode()
+
+    def watch():
+        count, seen, why = 0, {}, ""
+        while not why and not over.wait(every):
+            try:
+                why, count = look(count, seen), count + 1
+            except Exception as error:
+                why = f"the first node cannot be reached ({first_line(error)})"
+        if why:
+            print(f"rank {rank} stops: {why}", file=sys.stderr, flush=True)
+            linger()
+            os._exit(1)  # the main thread may be waiting in a collective, where no exception reaches it
+
+    thread = Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+        barrier()  # who leaves early is not dead
+    except BaseException as error:
+        if not isinstance(error, UserError) and re.search("gloo|nccl|connection", str(error), re.IGNORECASE):
+            time.sleep(patience + 2 * every)  # a peer is gone: our thread will soon say which, and stop us
+        over.set()
+        thread.join(10)
+        store.set("stopped", f"rank {rank} ({me}) stopped: {first_line(error)}")
+        linger()
+        raise
+    over.set()
+    thread.join(10)  # Python cannot end in peace while a thread is within the store's calls
 
 
 def side_by_side(*jobs) -> list:
@@ -446,15 +694,52 @@ def all_reduce(x: Tensor, op: str = "sum") -> Tensor:
     """Sum or maximum over the ranks, on the CPU."""
     if not dist.is_initialized():
         return x
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    y = x.to(device, copy=True)
+    y = x.to("cpu", copy=True)
     dist.all_reduce(y, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
-    return y.to(x.device)
+    return y
 
 
 def barrier() -> None:
+    all_reduce(torch.zeros(()))
+
+
+def on_rank_0(make, share: bool = True):
+    """make() of rank 0, on all ranks (with share=False on rank 0, and None elsewhere). Its UserError is everyone's."""
+    out = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            out = make()
+        except UserError as error:
+            out = error
     if dist.is_initialized():
-        dist.barrier()
+        box = [out if share or isinstance(out, UserError) else None]
+        dist.broadcast_object_list(box, 0)
+        out = box[0] if share or isinstance(box[0], UserError) else out
+    if isinstance(out, UserError):
+        raise out
+    return out
+
+
+def lock(path: Path, wait: bool = False):
+    """An open file that nobody else can lock until it is closed, or this process ends, however that happens. Raises
+    UserError if another process holds it, or waits for that one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a+")
+    if fcntl is None:  # Windows, where two runs in one folder go unnoticed
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read()
+        if not wait:
+            raise UserError(f"{path.parent} is in use by {holder}: wait for it, or choose another --name") from None
+        print(f"waiting for {holder}, which is making {path.parent}", flush=True)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
 
 
 def gather(rows: list) -> list:
@@ -494,17 +779,27 @@ class Muon(torch.optim.Optimizer):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(u, alpha=-0.2 * group["lr"] * max(shape) ** 0.5)
 
 
+class NonFinite(UserError):
+    """Three gradients in a row were not finite."""
+
+
 def optimizer_step(model: nn.Module, optimizers: list, max_grad_norm: float) -> float:
-    """Sum the gradients over the ranks (losses are already divided by global counts), clip, step; returns their norm."""
+    """Sum the gradients over the ranks (losses are already divided by global counts), clip, step; returns their norm.
+
+    A step whose norm is not finite is skipped. Raises NonFinite at the third in a row."""
     params = [p for p in model.parameters() if p.requires_grad]
-    if dist.is_initialized():
+    if dist.is_initialized() and not isinstance(params[0], DTensor):  # those of sharded models are summed already
         for p in params:  # a rank without rows has none, but must take part
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         flat = nn.utils.parameters_to_vector([p.grad for p in params])
         dist.all_reduce(flat)
         nn.utils.vector_to_parameters(flat, [p.grad for p in params])
-    norm = nn.utils.clip_grad_norm_(params, max_grad_norm)
+    norm = whole(nn.utils.clip_grad_norm_(params, max_grad_norm)).item()
     for optimizer in optimizers:
-        optimizer.step()
+        if math.isfinite(norm):
+            optimizer.step()
+        optimizer.skipped = 0 if math.isfinite(norm) else getattr(optimizer, "skipped", 0) + 1
         optimizer.zero_grad()
-    return norm.item()
+        if optimizer.skipped == 3:
+            raise NonFinite(f"three gradients in a row were not finite ({norm})")
+    return norm

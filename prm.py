@@ -37,8 +37,8 @@ from data import (
 )  # fmt: skip
 from grader import grade
 from model import (
-    ScalarModel, all_reduce, barrier, eos_ids, gather, load_causal_lm, load_tokenizer, optimizer_step, same_tokenizer,
-    start_processes,
+    NonFinite, ScalarModel, all_reduce, barrier, eos_ids, gather, load_causal_lm, load_tokenizer, lock,
+    optimizer_step, same_tokenizer, shard, start_processes,
 )  # fmt: skip
 from rollout import Batch, as_sampler, rollout
 
@@ -193,13 +193,12 @@ def targets(rows: list[dict], kind: str, labels: str) -> list[list[tuple[int, fl
 
 
 def train_reward_model(
-    lm, tokenizer, rows: list[dict], options: TrainOptions, *, prompt: str, token_budget: int = 16384, seed: int = 0,
-    rank: int = 0, world: int = 1,
-) -> ScalarModel:  # fmt: skip
-    """Train on the rows whose questions are not held out. lm becomes part of the model. Raises UserError if no row has a
-    step."""
+    model: ScalarModel, tokenizer, rows: list[dict], options: TrainOptions, *, prompt: str, device="cpu",
+    token_budget: int = 16384, seed: int = 0, rank: int = 0, world: int = 1,
+) -> None:  # fmt: skip
+    """Train on the rows whose questions are not held out. Raises UserError if no row has a step, or if the gradients stop
+    being finite."""
     o = options
-    model = ScalarModel(lm, o.likelihood).train(False)
     rows = [row for row in rows if not held_out(row["question"])]
     marks = targets(rows, o.kind, o.labels)
     batch = to_batch(rows, tokenizer, prompt)
@@ -213,31 +212,34 @@ def train_reward_model(
     for i, m in enumerate(marks):
         for t, y in m:
             target[i, t], weight[i, t] = y, 1
-    groups = [{"params": model.lm.parameters(), "lr": o.lr}, {"params": model.head.parameters(), "lr": o.head_lr}]
+    learning = [p for p in model.lm.parameters() if p.requires_grad]
+    groups = [{"params": learning, "lr": o.lr}, {"params": model.head.parameters(), "lr": o.head_lr}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
     total = o.epochs * -(-len(usable) // o.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 20, 1) * (1 - s / total))
     bar = tqdm(total=total, desc=f"train {o.kind}", unit="step", disable=rank > 0)
-    rng, device, average = random.Random(seed), lm.device, None
+    rng, average = random.Random(seed), None
     for _ in range(o.epochs):
         rng.shuffle(usable)
         for start in range(0, len(usable), o.batch_size):
             step = usable[start : start + o.batch_size]
             count, loss = weight[step].sum().item(), torch.zeros(())
-            for micro in batch.plan(step[rank::world], token_budget):
+            for micro in batch.plans([step[rank::world]], token_budget)[0]:
                 packed, keep, _ = batch.pack(micro, device)
                 w, y = (x[micro][batch.mask[micro]].to(device) for x in (weight, target))
                 part = (F.binary_cross_entropy_with_logits(model(packed)[keep + 1], y, reduction="none") * w).sum() / count
                 part.backward()
                 loss += part.detach().cpu()
-            optimizer_step(model, [optimizer], 1.0)
+            try:
+                optimizer_step(model, [optimizer], 1.0)
+            except NonFinite as error:
+                raise UserError(f"training the {o.kind}: {error}; lower --rm-lr, or --lr in prm.py") from None
             schedule.step()
             loss = all_reduce(loss).item()
             average = loss if average is None else 0.9 * average + 0.1 * loss
             bar.update()
             bar.set_postfix(loss=f"{average:.3f}")
     bar.close()
-    return model
 
 
 # ------------------------------------------------------------------------------------------------ scoring
@@ -296,15 +298,18 @@ def quality(scores: Tensor, labels: Tensor) -> dict[str, float]:
     }
 
 
-def evaluate_reward_model(model, tokenizer, rows: list[dict], options: TrainOptions, *, prompt: str) -> dict[str, float]:
+def evaluate_reward_model(
+    model, tokenizer, rows: list[dict], options: TrainOptions, *, prompt: str, device="cpu", rank: int = 0, world: int = 1
+) -> dict[str, float]:
     """Quality on held-out questions against the labels; of a PRM in the embedded world against the exact oracle too."""
     rows = [row for row in rows if held_out(row["question"])]
     marks = targets(rows, options.kind, options.labels)
     if not any(marks):
         return {}
-    batch = to_batch(rows, tokenizer, prompt)
-    scores = score_tokens(model, batch, batch.plan(list(range(len(rows))), 16384), model.lm.device)
-    flat = torch.tensor([scores[i, t] for i, m in enumerate(marks) for t, _ in m])
+    batch, mine = to_batch(rows, tokenizer, prompt), list(range(rank, len(rows), world))
+    scores = score_tokens(model, batch, batch.plans([mine], 16384)[0], device)
+    flat = dict(gather([(i, [scores[i, t].item() for t, _ in marks[i]]) for i in mine]))
+    flat = torch.tensor([score for i in range(len(rows)) for score in flat[i]])
     result = quality(flat, torch.tensor([y for m in marks for _, y in m]))
     if options.kind == "prm" and all(is_toy(row["question"]) for row in rows):
         exact = [x for row in rows for x in oracle(row["question"], row["response"])[: len(row["ends"])]]
@@ -319,18 +324,20 @@ def cached(cache: Path, what: str, title: str, key: dict, make, rank: int = 0) -
     """A folder under `cache`, named by everything that it depends on. make(folder) fills it if it is not there; it gets
     its name when it is complete, and what a stopped call left behind is handed to the next."""
     folder = cache / f"{what}-{hashlib.sha1(json.dumps(key, sort_keys=True).encode()).hexdigest()[:10]}"
+    partial = folder.with_suffix(".partial")
+    held = None if rank or folder.exists() else lock(partial / "lock", wait=True)  # two runs that start at once make it once
     exists = all_reduce(torch.tensor(float(rank == 0 and folder.exists()))).item()  # rank 0's view is everyone's
     if rank == 0:
         print(f"{title}: {'cached in' if exists else 'making'} {folder}", flush=True)
     if not exists:
-        partial = folder.with_suffix(".partial")
-        partial.mkdir(parents=True, exist_ok=True)
         make(partial)
         barrier()
         if rank == 0:
             (partial / "key.json").write_text(json.dumps(key, indent=1))
             partial.rename(folder)
         barrier()
+    if held:
+        held.close()
     return folder
 
 
@@ -357,14 +364,13 @@ def prepare_reward_model(
         make_labels(policy, other, tokenizer, problems(), label_options, folder / "labels.jsonl", rank, world)
 
     def train(folder):
-        rows, lm = read_labels(labels / "labels.jsonl"), load_causal_lm(completer, device=device)
-        trained = train_reward_model(
-            lm, tokenizer, rows, train_options, prompt=label_options.prompt, seed=label_options.seed, rank=rank, world=world
-        )
-        quality = evaluate_reward_model(trained, tokenizer, rows, train_options, prompt=label_options.prompt)
+        rows = read_labels(labels / "labels.jsonl")
+        model = shard(lambda home: new_reward_model(completer, train_options, home), dtype, device)
+        where = dict(prompt=label_options.prompt, device=device, rank=rank, world=world)
+        train_reward_model(model, tokenizer, rows, train_options, seed=label_options.seed, **where)
+        quality = evaluate_reward_model(model, tokenizer, rows, train_options, **where)
+        model.save(tokenizer, folder, rank)
         if rank == 0:
-            trained.save(folder)
-            tokenizer.save_pretrained(folder)
             (folder / "quality.json").write_text(json.dumps(quality, indent=1))
 
     same_tokenizer(tokenizer, completer)
@@ -375,6 +381,10 @@ def prepare_reward_model(
     if rank == 0:
         print_quality(json.loads((folder / "quality.json").read_text()))
     return str(folder)
+
+
+def new_reward_model(path: str, options: TrainOptions, device) -> ScalarModel:
+    return ScalarModel(load_causal_lm(path, device=device), options.likelihood).eval()
 
 
 def print_quality(quality: dict[str, float]) -> None:
@@ -423,16 +433,15 @@ def main() -> None:
         make_labels(policy, completer, tokenizer, problems, label_options, Path(o.out), rank, world)
         return
     rows = read_labels(o.labels_file)
+    make = (lambda home: new_reward_model(o.model, train_options, home)) if stage == "train" else (
+        lambda home: ScalarModel.load(o.model, device=home))  # fmt: skip
+    model, where = shard(make, torch.float32, device), dict(prompt=prompt, device=device, rank=rank, world=world)
     if stage == "train":
-        lm, seed = load_causal_lm(o.model, device=device), label_options.seed
-        model = train_reward_model(lm, tokenizer, rows, train_options, prompt=prompt, seed=seed, rank=rank, world=world)
-        if rank == 0:
-            model.save(o.out)
-            tokenizer.save_pretrained(o.out)
-    else:
-        model = ScalarModel.load(o.model, device=device)
+        train_reward_model(model, tokenizer, rows, train_options, seed=label_options.seed, **where)
+        model.save(tokenizer, o.out, rank)
+    quality = evaluate_reward_model(model, tokenizer, rows, train_options, **where)
     if rank == 0:
-        print_quality(evaluate_reward_model(model, tokenizer, rows, train_options, prompt=prompt))
+        print_quality(quality)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import UserError
-from model import Decode, KVCache, Packed
+from model import Decode, KVCache, Packed, all_reduce
+
+
+PREFILL = 32768  # prompt tokens in one forward, about: they need memory beside the cache
 
 
 @dataclass
@@ -52,16 +55,16 @@ class Batch:
 
     def pack(self, rows: list[int], device) -> tuple[Packed, Tensor, Tensor]:
         """Rows laid end to end: the packed sequences, the indices (N,) of the tokens that predict a response token,
-        and the response tokens (N,). Made once, for all models and passes."""
+        and the response tokens (N,). Made once, for all models and passes. No rows: a token of which nothing is kept."""
         if tuple(rows) in self.packs:
             return self.packs[tuple(rows)]
         sequences = [self.prompts[i] + self.responses[i] for i in rows]
-        packed = Packed(sequences, device, [len(self.prompts[i]) for i in rows])
+        packed = Packed(sequences or [[0]], device, [len(self.prompts[i]) for i in rows] or [1])
         spans = [
             torch.arange(start + len(self.prompts[i]) - 1, start + length - 1)
             for i, start, length in zip(rows, packed.starts, packed.lengths)
         ]
-        keep = torch.cat(spans).to(device)
+        keep = torch.cat(spans or [torch.empty(0, dtype=torch.long)]).to(device)
         self.packs[tuple(rows)] = packed, keep, packed.ids[0, keep + 1]
         return self.packs[tuple(rows)]
 
@@ -78,14 +81,19 @@ class Batch:
             tokens += size(i)
         return micro
 
-    @torch.no_grad()
+    def plans(self, parts: list[list[int]], token_budget: int) -> list[list[list[int]]]:
+        """A plan for each part. Where a rank has fewer micro-batches than another, empty ones follow: all ranks must run as
+        many passes through a sharded model, or they would wait for each other for ever."""
+        plans = [self.plan(rows, token_budget) for rows in parts]
+        counts = all_reduce(torch.tensor([len(plan) for plan in plans]), "max").tolist()
+        return [plan + [[]] * (count - len(plan)) for plan, count in zip(plans, counts)]
+
+    @torch.no_grad()  # not inference mode: what FSDP gathers there could not be trained with later
     def map(self, fn, plan: list[list[int]], device) -> Tensor:
         """fn(rows, packed, keep, targets) -> (N,) over the micro-batches of a plan, laid out as (B, T) on the CPU."""
         out = torch.zeros(self.mask.shape)
-        packs = [self.pack(rows, device) for rows in plan]  # not in inference mode, for the update reads them as well
-        for rows, pack in zip(plan, packs):
-            with torch.inference_mode():
-                values = fn(rows, *pack).float().cpu()
+        for rows in plan:
+            values = fn(rows, *self.pack(rows, device)).float().cpu()
             padded = torch.zeros(len(rows), out.shape[1])
             padded[self.mask[rows]] = values
             out[rows] = padded
@@ -181,7 +189,12 @@ def rollout(
             free = slots - len(sampler.live)
             # wait for some free slots, since a prefill of one prompt costs as much as one of eight
             if todo and (free >= min(len(todo), max(1, slots // 8)) or not sampler.live):
-                sampler.fill([todo.pop() for _ in range(min(free, len(todo)))], prompts, limits, seeds)
+                new, tokens = [], 0
+                while todo and len(new) < free and tokens < PREFILL:
+                    i, j = todo.pop()
+                    new.append((i, j))
+                    tokens += len(prompts[i]) * (j == 0)  # its other samples share it
+                sampler.fill(new, prompts, limits, seeds)
             else:
                 sampler.step()
             for (i, j), ids in sampler.retire():

@@ -7,22 +7,31 @@
 Before the loop comes what it needs, each stage cached in RUNS_DIR/cache: in the embedded world the warm start, which
 makes the policy and a stronger model of the same size, the *completer*; then step labels and the reward model that the
 chosen reward reads. A run writes to RUNS_DIR/NAME: config.json, metrics.jsonl (one line an iteration), samples.jsonl
-(a few answers of each), checkpoint.pt, and at the end model/ in Hugging Face format.
+(a few answers of each), checkpoint-N/, and at the end model/ in Hugging Face format. It may be killed at any moment:
+--name NAME --resume goes on from its last checkpoint.
 
-Left out: sharding of model and optimizer over GPUs (each holds a copy), mixtures of data sets, logging services.
+Left out: mixtures of data sets, logging services.
 """
 
 import argparse
 import copy
 import json
+import math
 import os
 import random
+import shutil
+import signal
+import sys
 import time
+import warnings
 import zlib
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
@@ -34,20 +43,25 @@ from data import (
 from eval import before_after, evaluate, judge
 from grader import VERDICTS
 from model import (
-    Muon, ScalarModel, all_reduce, checkpoint_layers, eos_ids, load_causal_lm, load_tokenizer, optimizer_step,
-    same_tokenizer, side_by_side, start_processes, toy_model,
+    Muon, NonFinite, ScalarModel, all_reduce, barrier, checkpoint_layers, eos_ids, gather, load_causal_lm, load_tokenizer,
+    lock, model_shape, on_rank_0, optimizer_step, replica, same_tokenizer, save_lm, shard, side_by_side, start_processes,
+    sync, toy_model, watching,
 )  # fmt: skip
-from ppo import Rollout, ValueNorm, explained_variance, gae, log_probs, minibatches, score_values, update, whiten
+from ppo import (
+    EFFICIENCY, RESERVE, Policy, Rollout, ValueNorm, explained_variance, gae, hours, memory, minibatches, score_values,
+    total, update, whiten,
+)  # fmt: skip
 from rewards import PROCESS, REWARDS, refine, token_rewards
 from rollout import Batch, Sampler, rollout
 
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a checkpoint of a single process
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass
 class Options(TextOptions):
     reward: str = option("delta", "success, orm, prm, clip, delta or clip-delta", choices=list(REWARDS))
-    preset: str = option("", "toy or paper; default: paper with CUDA, else toy; with --model, none")
+    preset: str = option("", "toy, or one of the paper's models, see PRESETS; default: by hardware, with --model none")
     model: str = option("", "policy: a folder or hub name; empty: the embedded world's own")
     data: str = option("gsm8k", "training problems: toy, gsm8k, math, mathinstruct, a hub name or a JSONL file")
     eval_data: str = option("", "evaluation problems; empty: the test split of --data, or --data if it is a file")
@@ -80,6 +94,7 @@ class Options(TextOptions):
     token_budget: int = option(16384, "packed tokens per micro-batch; changes memory and speed, never the gradient")
     checkpoint_activations: bool = option(False, "keep only the layers' inputs, recompute the rest: less memory, slower")
     dtype: str = option("float32", "of the forward passes; weights stay float32", choices=["float32", "bfloat16"])
+    offload_frozen: bool = option(False, "keep reference and reward model in the CPU's memory: less of the GPU's, slower")
     # the reward model, where one is made
     label_problems: int = option(500, "questions whose solutions are labelled; 0: make no reward model")
     label_samples: int = option(1, "solutions per labelled question")
@@ -97,8 +112,14 @@ class Options(TextOptions):
     name: str = option("", "name of the run; empty: from preset, reward and seed")
     runs_dir: str = option("runs", "where runs and the cache live")
     threads: int = option(0, "CPU threads of a single process; 0: torch's choice")
-    resume: bool = option(False, "continue the run NAME from its checkpoint")
+    resume: bool = option(False, "continue the run NAME from its last checkpoint; start it if there is none")
+    resume_from: int = option(0, "with --resume: from the checkpoint of this iteration; later ones are removed")
     save_every: int = option(10, "iterations between checkpoints; 0: only at the end")
+    keep: int = option(2, "how many of the last checkpoints are kept")
+    # the plan
+    plan: bool = option(False, "print what an iteration takes in memory and time, and stop; needs neither GPU nor network")
+    gpus: int = option(0, "with --plan: how many GPUs, in nodes of 8; 0: 8")
+    gpu_memory: float = option(0.0, "with --plan: GB of each GPU; 0: 80")
 
 
 PRESETS = {
@@ -110,12 +131,16 @@ PRESETS = {
         eval_problems=1000,
         threads=2,  # more do not help so small a model
     ),
-    # The paper's 1.5B setting. Its learning rates, alpha, beta and eta are not published: those here are ours.
-    "paper": dict(
-        model="Qwen/Qwen2-1.5B-Instruct", data="mathinstruct", eval_data="math", separator="\n\n", dtype="bfloat16",
-        questions=1024, samples=8, max_new_tokens=1024, label_problems=2000, eval_problems=5000,
-    ),
 }  # fmt: skip
+# The paper's six models. Its learning rates, alpha, beta and eta are not published: those here are ours.
+for family in ("Qwen2", "Qwen2-Math", "Qwen2.5-Math"):
+    for size, questions in (("1.5B", 1024), ("7B", 4096)):
+        PRESETS[f"{family}-{size}-Instruct".lower()] = dict(
+            model=f"Qwen/{family}-{size}-Instruct", data="mathinstruct", eval_data="math", separator="\n\n",
+            dtype="bfloat16", questions=questions, samples=8, max_new_tokens=1024, label_problems=2000, eval_problems=5000,
+            **(dict(checkpoint_activations=True, slots=96) if size == "7B" else {}),  # see --plan
+        )  # fmt: skip
+DEFAULT = "qwen2-1.5b-instruct"  # with CUDA
 ALPHA = {"success": 0.0, "orm": 1.0, "prm": 1.0, "clip": 1.0, "delta": 0.1, "clip-delta": 1.0}
 
 
@@ -130,11 +155,11 @@ def parse(argv: list[str] | None = None) -> tuple[Options, str]:
     elif given.model:
         preset, why = "", "--model was given: general defaults, nothing tuned"
     elif torch.cuda.is_available():
-        preset, why = "paper", "CUDA is present; --preset toy runs the embedded world"
+        preset, why = DEFAULT, "CUDA is present; --preset toy runs the embedded world"
     else:
         preset, why = "toy", "no CUDA here: the embedded world, on the CPU"
     if preset and preset not in PRESETS:
-        raise UserError(f"--preset {preset}: there is none of that name, choose {' or '.join(PRESETS)}")
+        raise UserError(f"--preset {preset}: there is none of that name, choose {', '.join(PRESETS)}")
     parser = HfArgumentParser(Options, usage="python train.py [--reward NAME] [--OPTION VALUE ...]", allow_abbrev=False)
     parser.set_defaults(**PRESETS.get(preset, {}), preset=preset)
     options = Options(**vars(parser.parse_args(argv)))
@@ -142,6 +167,53 @@ def parse(argv: list[str] | None = None) -> tuple[Options, str]:
     if options.alpha is None:
         options.alpha = ALPHA[options.reward]
     return options, f"preset: {preset or 'none'} ({why})"
+
+
+def plan(o: Options, gpus: int, gpu_memory: float, node: int, longest: int) -> tuple[str, str]:
+    """A table of each GPU's memory by part, the largest slots and token budget that fit, and hours by phase; and what to
+    change if it does not fit."""
+    config, b = model_shape(o.model), torch.finfo(DTYPES[o.dtype]).bits // 8
+    reward_config = model_shape(o.prm or o.orm) if o.prm or o.orm else None
+    shape = dict(ranks=gpus, b=b, reward_config=reward_config)
+    parts = lambda **new: memory(config, replace(o, **new), shards=min(gpus, node), longest=longest, **shape)
+    fits = lambda **new: total(parts(**new)) <= gpu_memory * 1e9 - RESERVE
+
+    def largest(name: str, most: int, **new) -> int:
+        """By bisection, the largest value of an option with which it fits; 0 if none does."""
+        low, high = 0, most + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(**new, **{name: middle}) else (low, middle)
+        return low
+
+    slots, budget = largest("slots", 4096), largest("token_budget", 1 << 20)
+    time, tokens = hours(config, o, prompt=150, **shape), o.questions * o.samples * o.max_new_tokens / 2
+    rows = {**parts(), "total: what lasts, and the largest phase": total(parts())}
+    lines = [
+        f"GB of each GPU, of {gpus}, for prompts of {longest - o.max_new_tokens} and answers of {o.max_new_tokens} tokens",
+        *(f"  {name:42}{x / 1e9:8.1f}" for name, x in rows.items() if x),
+        f"fits in {gpu_memory:g} GB, {RESERVE / 1e9:g} of them for CUDA, NCCL and fragments: {'yes' if fits() else 'no'}",
+        f"largest --slots {slots}, largest --token-budget {budget if budget >= longest else 0} (each alone; 0: none fits)",
+        f"an iteration: {tokens / 1e6:.1f} million tokens of answers, if these are half as long as they may be,",
+        f"  and {sum(time.values()):.3f} hours at {EFFICIENCY:.0%} of an H100: "
+        + ", ".join(f"{phase} {x:.3f}" for phase, x in time.items()),
+    ]
+    ways, less = [], {}
+    for flag in ("", "checkpoint_activations", "offload_frozen"):
+        less |= {flag: True} if flag else {}
+        slots = o.slots if fits(**less) else largest("slots", o.slots, **less)
+        if slots >= 16:
+            flags = [f"--{x.replace('_', '-')}" for x in less if not getattr(o, x)]
+            ways.append(" ".join([*flags, f"--slots {slots}"]))
+    ways.append("more GPUs, a smaller --token-budget or a smaller model")
+    return "\n".join(lines), "" if fits() else f"this does not fit: use {', or '.join(dict.fromkeys(ways))}"
+
+
+def check_share(o: Options, world: int) -> None:
+    if o.questions % world:
+        fewer = o.questions - o.questions % world
+        near = f"{fewer} or {fewer + world}" if fewer else world
+        raise UserError(f"--questions {o.questions} cannot be shared by {world} processes: choose {near}")
 
 
 def reward_model_kind(reward: str) -> str:
@@ -164,9 +236,18 @@ def check(o: Options) -> None:
         raise UserError(f"--data {o.data} needs a --model: the embedded policy only knows its own world")
     if o.resume and not o.name:
         raise UserError("--resume needs the --name of the run to continue")
+    if o.resume_from and not o.resume:
+        raise UserError("--resume-from says which checkpoint to --resume from: give both, or neither")
+    if o.plan and not o.model:
+        raise UserError("--plan is for a --model, or a preset with one: the embedded world fits everywhere")
+    if (o.gpus or o.gpu_memory) and not o.plan:
+        raise UserError("--gpus and --gpu-memory describe a machine to --plan for: add --plan, or drop them")
+    if o.offload_frozen and not o.plan and not torch.cuda.is_available():
+        raise UserError("--offload-frozen moves models out of the GPU's memory, and there is no GPU: drop it")
     low = {"temperature": 1e-6, "questions": 1, "samples": 1, "epochs": 1, "minibatches": 1, "slots": 1,
            "token_budget": 1, "completions": 1, "label_samples": 1, "iterations": 1, "beta": 0,
-           "eval_problems": 1, "eval_every": 0, "save_every": 0, "value_clip": 0, "rm_epochs": 1, "threads": 0}  # fmt: skip
+           "eval_problems": 1, "eval_every": 0, "save_every": 0, "value_clip": 0, "rm_epochs": 1, "threads": 0,
+           "keep": 1, "resume_from": 0}  # fmt: skip
     for name, least in low.items():
         if getattr(o, name) < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least:g}")
@@ -203,7 +284,7 @@ def warm_start(seed: int, folder: Path, rank: int, world: int, device) -> None:
         batch = Batch(prompts, responses, torch.zeros(questions, dtype=torch.bool))
         loss = torch.zeros(())
         for rows in batch.plan(list(range(rank, questions, world)), 8192):
-            logp, _ = log_probs(model, *batch.pack(rows, device), temperature=1.0)
+            logp, _ = Policy(model)(*batch.pack(rows, device), temperature=1.0)
             part = -logp.sum() / batch.mask.sum()
             part.backward()
             loss += part.detach().cpu()
@@ -261,22 +342,23 @@ class Trainer:
         self.toy = all(is_toy(p.question) for p in self.problems)  # of all ranks' problems: they must log the same metrics
         self.dtype = DTYPES[o.dtype]
         self.tokenizer = load_tokenizer(model)
-        self.policy = load_causal_lm(model, device=device)
-        self.critic = ScalarModel(load_causal_lm(model, device=device)).eval()
+        on_gpus = lambda make, **more: shard(make, self.dtype, device, **more)
+        self.policy = on_gpus(lambda home: Policy(load_causal_lm(model, device=home)))
+        self.critic = on_gpus(lambda home: ScalarModel(load_causal_lm(model, device=home)).eval())
         if o.checkpoint_activations:
-            for lm in (self.policy, self.critic.lm):
-                checkpoint_layers(lm)
-        self.reference = load_causal_lm(model, self.dtype, device).requires_grad_(False)
-        # what samples: the policy itself, or a low-precision copy of it
-        self.sampler = Sampler(self.policy if self.dtype == torch.float32 else copy.deepcopy(self.reference))
+            checkpoint_layers(self.policy)
+            checkpoint_layers(self.critic)
+        low = lambda home: Policy(load_causal_lm(model, self.dtype, home)).requires_grad_(False)
+        self.reference = on_gpus(low, offload=o.offload_frozen)
+        self.sampler = Sampler(replica(self.policy.lm, self.dtype, device))
         self.reward_model = None
         if reward_model:
             same_tokenizer(self.tokenizer, reward_model)
-            self.reward_model = ScalarModel.load(reward_model, self.dtype, device).requires_grad_(False)
-        self.optimizers = [  # the second moments must forget within a run of tens of steps, hence the low betas
-            torch.optim.AdamW(self.policy.parameters(), lr=o.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True),
-            torch.optim.AdamW(self.critic.parameters(), lr=o.critic_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
-        ]
+            low = lambda home: ScalarModel.load(reward_model, self.dtype, home).requires_grad_(False)
+            self.reward_model = on_gpus(low, offload=o.offload_frozen)
+        self.eos = on_rank_0(lambda: eos_ids(self.policy.lm, self.tokenizer))  # which is in a file that rank 0 alone reads
+        # the second moments must forget within a run of tens of steps, hence the low betas
+        self.optimizers = [adam(self.policy, o.lr, (0.9, 0.99)), adam(self.critic, o.critic_lr, (0.9, 0.95))]
         self.value_norm = ValueNorm()
 
     def iteration(self, iteration: int) -> tuple[dict, list[dict]]:
@@ -296,7 +378,7 @@ class Trainer:
         # 3. score, in the micro-batches of the update, so that the ratio starts at exactly 1
         total = o.questions * o.samples
         deals = [minibatches(keys, total, o.minibatches, hash_seed(o.seed, iteration, e)) for e in range(o.epochs)]
-        plans = [batch.plan(rows, o.token_budget) for deal in deals for rows in deal]
+        plans = batch.plans([rows for deal in deals for rows in deal], o.token_budget)
         logp, ref_logp, raw_values, raw_final, scores, outcome = self.score(batch, plans[: o.minibatches], ends)
         clock("score")
 
@@ -313,6 +395,7 @@ class Trainer:
         advantages, returns = gae(rewards, values, batch.mask, bootstrap, o.gamma, o.lam)
         self.value_norm.update(returns, batch.mask)
         data = Rollout(logp, whiten(advantages, batch.mask), raw_values, self.value_norm.normalise(returns))
+        self.seen = {"answers": answers, "rewards": rewards, "ref_logp": ref_logp, "scores": scores, **vars(data)}
 
         # 6. update policy and critic
         warm = (iteration - o.critic_warmup) / max(o.lr_warmup, 1)
@@ -320,7 +403,6 @@ class Trainer:
         losses = update(
             self.policy, self.critic, self.optimizers, batch, data, plans, temperature=o.temperature, clip=o.clip,
             value_clip=o.value_clip, max_grad_norm=o.max_grad_norm, train_policy=iteration > o.critic_warmup,
-            autocast=self.autocast,
         )  # fmt: skip
         clock("update")
 
@@ -352,14 +434,21 @@ class Trainer:
         orders = {e: random.Random(f"{self.o.seed}-{e}").sample(range(n), n) for e in {p // n for p in places}}
         return [orders[p // n][p % n] for p in places]
 
+    def share(self, chosen: list[int]) -> list[int]:
+        """Which of the iteration's questions are this rank's. Long questions get long answers: dealt longest first, there
+        and back, so that the ranks decode about as long."""
+        order = sorted(range(len(chosen)), key=lambda q: -len(self.prompts[chosen[q]]))
+        there_and_back = [*range(self.world), *reversed(range(self.world))]
+        return sorted(q for place, q in enumerate(order) if there_and_back[place % (2 * self.world)] == self.rank)
+
     def sample(self, iteration: int):
         """This rank's problems, their samples, the batch of B answers, and the index of each in the whole iteration."""
         o, chosen = self.o, self.questions(iteration)
-        mine = range(self.rank, o.questions, self.world)
+        mine = self.share(chosen)
         prompts = [self.prompts[chosen[q]] for q in mine]
-        sync(self.sampler.model, self.policy)
+        sync(self.sampler.model, self.policy.lm)
         samples = rollout(
-            self.sampler, prompts, o.samples, max_new_tokens=o.max_new_tokens, eos_ids=eos_ids(self.policy, self.tokenizer),
+            self.sampler, prompts, o.samples, max_new_tokens=o.max_new_tokens, eos_ids=self.eos,
             temperature=o.temperature, top_p=o.top_p, slots=o.slots, seeds=[hash_seed(o.seed, iteration, q) for q in mine],
         )  # fmt: skip
         flat = [s for group in samples for s in group]
@@ -371,25 +460,21 @@ class Trainer:
     def score(self, batch: Batch, plans: list, ends):
         """Log-probabilities of policy and reference (B, T), the critic's raw values (B, T) and final values (B,), and
         the reward model's step scores (B, K) or outcome scores (B,), None where the reward has none."""
-        o, device = self.o, self.device
-        plan = [rows for minibatch in plans for rows in minibatch]
-
-        def scored(score, *args):
-            with self.autocast():  # which holds for one thread
-                return score(*args, plan, device)
-
-        logp_by = lambda model: lambda _, *packed: log_probs(model, *packed, o.temperature)[0]
+        o, plan, device = self.o, [rows for minibatch in plans for rows in minibatch], self.device
+        logp_by = lambda policy: batch.map(lambda _, *packed: policy(*packed, o.temperature)[0], plan, device)
         jobs = [
-            lambda: scored(batch.map, logp_by(self.policy)),
-            lambda: scored(batch.map, logp_by(self.reference)),
-            lambda: scored(score_values, self.critic, batch),
+            lambda: logp_by(self.policy),
+            lambda: logp_by(self.reference),
+            lambda: score_values(self.critic, batch, plan, device),
         ]
         if o.reward == "orm":
-            jobs.append(lambda: scored(prm.score_outcomes, self.reward_model, batch))
+            jobs.append(lambda: prm.score_outcomes(self.reward_model, batch, plan, device))
         elif o.reward in PROCESS:
-            jobs.append(lambda: scored(prm.score_steps, self.reward_model, batch, ends))
+            jobs.append(lambda: prm.score_steps(self.reward_model, batch, ends, plan, device))
         logp, ref_logp, (values, final), *learned = side_by_side(*jobs)
         learned = learned[0] if learned else None
+        if learned is not None and (bad := int(all_reduce((~learned.isfinite()).sum()))):
+            raise BrokenReward(f"the reward model gives {bad} scores that are not finite: train it anew, or give another")
         scores, outcome = (None, learned) if o.reward == "orm" else (learned, None)
         return logp, ref_logp, values, final, scores, outcome
 
@@ -411,7 +496,7 @@ class Trainer:
     def evaluate(self) -> tuple[dict, list[dict]]:
         """Greedy and sampled results on the evaluation problems, and the first greedy answers."""
         o, out, first = self.o, {}, []
-        sync(self.sampler.model, self.policy)
+        sync(self.sampler.model, self.policy.lm)
         for way, temperature in (("greedy", 0.0), ("sampled", o.temperature)):
             result, answers = evaluate(
                 self.sampler, self.tokenizer, self.test, o.prompt, o.separator, max_new_tokens=o.max_new_tokens,
@@ -421,23 +506,27 @@ class Trainer:
             first = first or answers[:3]
         return out, first
 
-    def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+    def tensors(self) -> dict:
+        """All that training changes and a checkpoint must hold, by name; loading writes into these tensors."""
+        out = {"value_norm": self.value_norm.sums}
+        for kind, model, optimizer in zip(("policy", "critic"), (self.policy, self.critic), self.optimizers):
+            for name, p in model.named_parameters():
+                if p.requires_grad:
+                    out |= {f"{kind}.{name}": p.detach(), **{f"{kind}.{name}/{k}": x for k, x in optimizer.state[p].items()}}
+        return out
 
-    def state(self) -> dict:
-        return {
-            "policy": self.policy.state_dict(),
-            "critic": self.critic.state_dict(),
-            "optimizers": [x.state_dict() for x in self.optimizers],
-            "value_norm": self.value_norm.sums,
-        }
 
-    def load_state(self, state: dict) -> None:
-        self.policy.load_state_dict(state["policy"])
-        self.critic.load_state_dict(state["critic"])
-        for optimizer, s in zip(self.optimizers, state["optimizers"]):
-            optimizer.load_state_dict(s)
-        self.value_norm.sums = state["value_norm"].cpu()
+class BrokenReward(UserError):
+    """The iteration cannot be rewarded; nothing has changed since the one before."""
+
+
+def adam(model, lr: float, betas: tuple) -> torch.optim.AdamW:
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=lr, betas=betas, weight_decay=0.0, fused=True)
+    for p in params:  # not at the first step, as torch would: a checkpoint before it holds and finds them too
+        moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+    return optimizer
 
 
 class Clock:
@@ -453,54 +542,171 @@ class Clock:
         self.seconds[f"seconds_{phase}"], self.last = now - self.last, now
 
 
-@torch.no_grad()
-def sync(sampler, policy) -> None:
-    """Copy the policy's weights into the sampler's low-precision copy, in place; nothing to do where they are one."""
-    if sampler is not policy:
-        for target, source in zip(sampler.parameters(), policy.parameters()):
-            target.copy_(source)
-
-
 def hash_seed(*parts: int) -> int:
     return zlib.crc32(repr(parts).encode())
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def write(path: Path, text: str) -> None:
+    """Beside and moved into place: whoever is killed here leaves the old file or the new one."""
+    new = path.with_name(path.name + ".new")
+    with open(new, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("checkpoint-*") if p.name[11:].isdigit())
+
+
+def save_checkpoint(folder: Path, iteration: int, trainer: Trainer, sources: dict) -> None:
+    """FOLDER/checkpoint-ITERATION: each rank writes its part of the tensors, rank 0 a manifest with everything else and a
+    checksum of each file. It gets its name when it is complete and on the disk; then the oldest ones go."""
+    new, name, rank = folder / "checkpoint.new", f"checkpoint-{iteration:06d}", trainer.rank
+    if rank == 0:
+        shutil.rmtree(new, ignore_errors=True)
+    barrier()
+    try:
+        dcp.save(trainer.tensors(), checkpoint_id=new, no_dist=not dist.is_initialized())
+    except dcp.CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        raise UserError(f"cannot write {new}: {cause}; the checkpoints before it are untouched") from None
+    files = gather([[path.name, path.stat().st_size, checksum(path)] for path in sorted(new.glob(f"__{rank}_*"))])
+    cuda = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else []
+    rng = gather([[torch.get_rng_state().tolist(), cuda]])
+    if rank == 0:
+        path = new / ".metadata"
+        files.append([path.name, path.stat().st_size, checksum(path)])
+        manifest = {"iteration": iteration, "world": trainer.world, "options": fixed(asdict(trainer.o)), "sources": sources}
+        write(new / "manifest.json", json.dumps({**manifest, "files": files, "rng": rng}))
+        new.rename(folder / name)
+        for old in checkpoints(folder)[: -trainer.o.keep]:
+            remove(old)
+    barrier()
+
+
+def remove(path: Path) -> None:
+    """First out of the way: a half removed checkpoint must not look like a damaged one."""
+    gone = path.with_name("checkpoint.old")
+    shutil.rmtree(gone, ignore_errors=True)
+    path.rename(gone)
+    shutil.rmtree(gone)
+
+
+def checksum(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def load_checkpoint(folder: Path, trainer: Trainer, sources: dict) -> int:
+    """Read the last checkpoint, or the one that --resume-from names, into the trainer; returns its iteration, 0 if there is
+    none yet. Raises UserError if it is damaged or of another run."""
+    o, found = trainer.o, on_rank_0(lambda: checkpoints(folder))
+    if not found and not o.resume_from:
+        return 0
+    number = lambda path: int(path.name[11:])
+    path = next((p for p in found if number(p) == o.resume_from), None) if o.resume_from else found[-1]
+    if path is None:
+        have = ", ".join(str(number(p)) for p in found) or "none"
+        raise UserError(f"{folder} has no checkpoint of iteration {o.resume_from}, but of {have}")
+    before = [number(p) for p in found if number(p) < number(path)]
+    mend = f"--resume-from {before[-1]} takes the one before it" if before else "there is none before it"
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        files = manifest["files"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{path} is damaged (its manifest cannot be read); {mend}") from None
+    damaged = [name for name, size, crc in files[trainer.rank :: trainer.world] if not intact(path / name, size, crc)]
+    if damaged := gather(damaged):
+        raise UserError(f"{path} is damaged ({', '.join(damaged)}); {mend}")
+    if other := differences({**manifest["options"], **manifest["sources"]}, {**fixed(asdict(o)), **sources}):
+        raise UserError(f"{path} is of another configuration ({other}): use that one, or another --name")
+    dcp.load(trainer.tensors(), checkpoint_id=path, no_dist=not dist.is_initialized())
+    if manifest["world"] == trainer.world:
+        cpu, cuda = manifest["rng"][trainer.rank]
+        torch.set_rng_state(torch.tensor(cpu, dtype=torch.uint8))
+        if cuda and torch.cuda.is_available():
+            torch.cuda.set_rng_state(torch.tensor(cuda, dtype=torch.uint8))
+    for later in found[found.index(path) + 1 :] if trainer.rank == 0 else ():
+        remove(later)
+    return manifest["iteration"]
+
+
+def intact(path: Path, size: int, crc: int) -> bool:
+    return path.is_file() and path.stat().st_size == size and checksum(path) == crc
 
 
 # ------------------------------------------------------------------------------------------------ runs
 
 
+RESTARTED = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts, with the same options
+FREE = (  # options that do not change what is computed
+    "name", "resume", "resume_from", "iterations", "save_every", "keep", "runs_dir", "slots", "threads", "token_budget",
+    "checkpoint_activations", "offload_frozen",
+)  # fmt: skip
+
+
+def fixed(options: dict) -> dict:
+    return {k: v for k, v in options.items() if k not in FREE}
+
+
+def differences(old: dict, new: dict) -> str:
+    return ", ".join(f"{k} {old.get(k)} -> {new.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k))
+
+
 def open_run(o: Options) -> Path:
-    """The folder of the run. Raises UserError if it exists and is not to be resumed, or the other way round."""
-    runs = Path(o.runs_dir)
-    base = f"{o.preset or 'run'}-{o.reward}-s{o.seed}"
-    name, number = o.name or base, 2
-    while not o.name and (runs / name).exists():
-        name, number = f"{base}-{number}", number + 1
-    folder = runs / name
-    if o.resume:
-        if not (folder / "checkpoint.pt").is_file():
-            raise UserError(f"{folder} has no checkpoint to resume from")
-        old = json.loads((folder / "config.json").read_text())
-        # these do not change what is computed
-        free = ("resume", "iterations", "save_every", "runs_dir", "slots", "threads", "checkpoint_activations")
-        changed = [f"{k} {old.get(k)} -> {v}" for k, v in asdict(o).items() if k not in free and old.get(k) != v]
-        if changed:
-            raise UserError(f"{folder} was started with other options ({', '.join(changed)}): use those, or another --name")
-    elif folder.exists():
+    """The folder of the run. Raises UserError if it exists and is not to be resumed, is in use, or has other options."""
+    runs, base = Path(o.runs_dir), f"{o.preset or 'run'}-{o.reward}-s{o.seed}"
+    taken = lambda folder: (folder / "config.json").exists()
+    numbered = [runs / (base if i == 1 else f"{base}-{i}") for i in range(1, 1000)]
+    folder = runs / o.name if o.name else next(x for x in numbered if not taken(x))
+    if RESTARTED and not o.name:
+        folder = max((x for x in numbered if taken(x)), key=numbered.index, default=folder)
+    if taken(folder) and not o.resume:
         raise UserError(f"{folder} exists: --resume continues it, another --name starts a new run")
+    if taken(folder):
+        lock(folder / "lock").close()  # to say so now, not after the preparation
+        old = json.loads((folder / "config.json").read_text())
+        if changed := differences(fixed(old), fixed(asdict(o))):
+            raise UserError(f"{folder} was started with other options ({changed}): use those, or another --name")
+    elif o.resume:
+        print(f"{folder} holds no run yet: it starts", flush=True)
     return folder
 
 
 def keep_until(path: Path, iteration: int) -> None:
     """Drop the lines that a stopped run wrote after its checkpoint, and a half line."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= iteration]
-    path.write_text("".join(kept))
+    write(path, "".join(kept))
 
 
-def save(path: Path, value: dict) -> None:
-    """Written beside and moved into place: a run killed here keeps its last checkpoint."""
-    torch.save(value, path.with_suffix(".new"))
-    os.replace(path.with_suffix(".new"), path)
+class Interrupt:
+    """Within it, SIGTERM and Ctrl-C are noted, so that the iteration can be finished and saved; a second one kills."""
+
+    def __enter__(self):
+        self.number = 0
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, frame) -> None:
+        if self.number:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.number = number
+        if os.environ.get("RANK", "0") == "0":
+            print("\nstopping after this iteration, to save it; once more stops at once", file=sys.stderr, flush=True)
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def load_data(o: Options) -> tuple[list, list, list]:
@@ -513,64 +719,113 @@ def load_data(o: Options) -> tuple[list, list, list]:
 
 def run(o: Options, folder: Path, rank: int, world: int, device) -> None:
     data = load_data(o)
-    trainer = Trainer(o, data, *prepare(o, data[0], rank, world, device), rank, world, device)
-    start = 0
-    if o.resume:
-        checkpoint = torch.load(folder / "checkpoint.pt", map_location=device, weights_only=True)
-        trainer.load_state(checkpoint)
-        start = checkpoint["iteration"]
-        if start >= o.iterations:
-            raise UserError(f"{folder} has run its {start} iterations already: raise --iterations to go on")
-        before, first = json.loads((folder / "before.json").read_text())
-    else:
-        before, first = trainer.evaluate()
+    if device.type == "cuda" and o.model:
+        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        longest = max(map(len, data[1])) + o.max_new_tokens
+        table, mend = plan(o, world, torch.cuda.get_device_properties(device).total_memory / 1e9, per_node, longest)
+        if mend:
+            raise UserError(f"{table}\n{mend}")
+    policy, reward_model = prepare(o, data[0], rank, world, device)
+    trainer = Trainer(o, data, policy, reward_model, rank, world, device)
+    made_of = {"policy": policy, "reward model": reward_model}
+    sources = on_rank_0(lambda: {what: prm.identity(path) if path else "" for what, path in made_of.items()})
+    sources["problems"] = prm.fingerprint(data[0])
+    with on_rank_0(lambda: lock(folder / "lock"), share=False) or nullcontext(), Interrupt() as interrupt:
+        loop(o, folder, trainer, sources, interrupt)
+    if interrupt.number and world == 1:  # what a shell expects; torchrun would take it for a failure, and start again
+        os.kill(os.getpid(), interrupt.number)
+
+
+def loop(o: Options, folder: Path, trainer: Trainer, sources: dict, interrupt: Interrupt) -> None:
+    rank, metrics, samples, exported = trainer.rank, folder / "metrics.jsonl", folder / "samples.jsonl", folder / "model"
+    start = load_checkpoint(folder, trainer, sources) if o.resume else 0
+    if start >= o.iterations and exported.exists():
+        raise UserError(f"{folder} has run its {start} iterations already: raise --iterations to go on")
+    before, first = after, last = json.loads((folder / "before.json").read_text()) if start else trainer.evaluate()
     if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(asdict(o), indent=1))
-        (folder / "before.json").write_text(json.dumps([before, first]))
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            keep_until(folder / name, start)
-        if not o.resume:
-            append(folder / "metrics.jsonl", [{"iteration": 0, **before}])
+        write(folder / "config.json", json.dumps(asdict(o), indent=1))
+        write(folder / "before.json", json.dumps([before, first]))
+        keep_until(metrics, start if start else -1)
+        keep_until(samples, start)
+        if not start:
+            append(metrics, [{"iteration": 0, **before}])
         print(f"PPO, reward {o.reward}, alpha {o.alpha:g}: {o.iterations} iterations of {o.questions} x {o.samples} answers")
     bar = tqdm(total=o.iterations, initial=start, desc=f"PPO {o.reward}", unit="iteration", disable=rank > 0)
     for iteration in range(start + 1, o.iterations + 1):
-        log, answers = trainer.iteration(iteration)
+        try:
+            log, answers = trainer.iteration(iteration)
+        except BrokenReward:
+            if not (folder / f"checkpoint-{iteration - 1:06d}").exists():
+                save_checkpoint(folder, iteration - 1, trainer, sources)
+            raise
+        except NonFinite as error:
+            path = folder / f"nonfinite-{iteration:06d}-rank{rank}.pt"
+            torch.save(trainer.seen, path)
+            raise UserError(f"iteration {iteration}: {error}; its batch is in {path}, the last checkpoint stands") from None
         final = iteration == o.iterations
         if final or (o.eval_every and iteration % o.eval_every == 0):
             after, last = trainer.evaluate()
             log |= after
         if rank == 0:
-            append(folder / "metrics.jsonl", [log])
-            append(folder / "samples.jsonl", answers)
-            if final or (o.save_every and iteration % o.save_every == 0):
-                save(folder / "checkpoint.pt", {"iteration": iteration, **trainer.state()})
+            append(metrics, [log])
+            append(samples, answers)
+        stop = int(all_reduce(torch.tensor(interrupt.number), "max"))
+        if stop or final or (o.save_every and iteration % o.save_every == 0):
+            save_checkpoint(folder, iteration, trainer, sources)
         shown = ("success", "process_reward", "steps", "repeats", "kl")
         bar.set_postfix({k: f"{log[k]:.2f}" for k in shown} | {"tok/s": f"{log['tokens_per_second']:.0f}"})
         bar.update()
+        if stop and not final:
+            bar.close()
+            if rank == 0:
+                how = f"--name {folder.name} --resume goes on"
+                print(f"stopped by {signal.Signals(stop).name} after iteration {iteration}, saved: {how}", flush=True)
+            return
     bar.close()
+    if start >= o.iterations:  # stopped between the last checkpoint and the end
+        after, last = trainer.evaluate()
+    new = folder / "model.new"
+    save_lm(trainer.policy.lm, trainer.tokenizer, new, rank)
     if rank == 0:
-        trainer.policy.save_pretrained(folder / "model")
-        trainer.tokenizer.save_pretrained(folder / "model")
+        shutil.rmtree(exported, ignore_errors=True)
+        new.rename(exported)
         print(before_after(before, after, (first, last)))
         print(f"\nwritten: {folder}/ (metrics.jsonl, samples.jsonl, model/)")
 
 
 def append(path: Path, rows: list[dict]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    """All lines, or none if the disk is full. Numbers that are not finite become null, which JSON knows."""
+    clean = lambda x: None if isinstance(x, float) and not math.isfinite(x) else x
+    left = "".join(json.dumps({k: clean(v) for k, v in row.items()}) + "\n" for row in rows).encode()
+    with open(path, "ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            while left:  # a full disk takes a part, and complains at the next
+                left = left[file.write(left) :]
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def main() -> None:
     options, preset = parse()
+    if options.plan:
+        gpus, longest = options.gpus or 8, options.max_prompt_tokens + options.max_new_tokens
+        check_share(options, gpus)
+        table, mend = plan(options, gpus, options.gpu_memory or 80, 8, longest)
+        print(f"{preset}: {options.model}\n{table}", flush=True)
+        if mend:
+            raise UserError(mend)
+        return
     rank, world, device = start_processes()
     if rank == 0:
         print(preset, flush=True)
     if options.threads and world == 1:  # torchrun divides the cores itself
         torch.set_num_threads(options.threads)
-    if options.questions < world:
-        raise UserError(f"--questions {options.questions} is less than the {world} processes that share them")
-    run(options, open_run(options), rank, world, device)
+    check_share(options, world)
+    with watching(rank, world):
+        options.resume |= RESTARTED
+        run(options, on_rank_0(lambda: open_run(options)), rank, world, device)
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ def bench(answers, args):
     speeds = {" x ".join(map(str, shape)): median(rate) for shape, rate in rates.items()}
     titles = (f"{shape}, {rate / 1e9:.0f} GFLOP/s" for shape, rate in speeds.items())
     print("our floor     GFLOP  seconds" + "".join(f"{title:>34}" for title in titles))
-    for phase, flop in operations(trainer.policy, answers, mean(map(len, data[1])), middle("ours", "tokens")).items():
+    for phase, flop in operations(trainer.policy.lm, answers, mean(map(len, data[1])), middle("ours", "tokens")).items():
         seconds = middle("ours", phase)
         floors = (f"{flop / r:.3f} s ({seconds * r / flop:.1f} times)" for r in speeds.values())
         print(f"{phase:10}{flop / 1e9:9.2f}{seconds:9.3f}" + "".join(f"{floor:>34}" for floor in floors))

@@ -6,12 +6,13 @@
     python tests/bench_update.py --kernels           # exit status 1 if a kernel is off
 
 Weights and tokens are random and seeded: prompts of 16 tokens, answers of LENGTH / 8 to LENGTH, log-uniform, or --equal.
-Float32 on a CPU, with OMP_NUM_THREADS threads; on CUDA bfloat16 autocast, and a bfloat16 copy to score with. By turns:
+Float32 on a CPU, with OMP_NUM_THREADS threads; on CUDA bfloat16 by model.shard, with float32 masters. By turns:
 
-    scoring   log-probabilities by a frozen model: Batch.map of ppo.log_probs
+    scoring   log-probabilities by a frozen model: Batch.map of a ppo.Policy
     update    ppo.update of policy and critic: one minibatch, so one step of AdamW each
     padded    the same written plainly for transformers' own model with sdpa: micro-batches in the given order, all logits in
-              float32. First, its losses and gradients are checked to equal ours, in float32 with the tiny model
+              float32; on CUDA all weights, moments and sums of gradients in bfloat16, so less to keep and to move than ours.
+              First, its losses and gradients are checked to equal ours with the tiny model: in float32, on CUDA in both
 
 Tokens do not count padding. MFU, model FLOP utilisation: what the model needs over the wall time, as a share of the speed
 of one large matrix product. What does not fit a GPU gets half the token budget until it does. --sweep starts a process for
@@ -23,12 +24,13 @@ Left out: several GPUs, activation checkpointing but in --sweep, other architect
 
 import argparse
 import copy
+import gc
 import math
 import os
 import random
 import re
 import sys
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -44,27 +46,35 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import model as attention
 from bench_rollout import CUDA, DEVICE, DTYPE, MODELS, SHAPE, clock, machine
 from data import UserError, run_script
-from model import Decode, KVCache, Packed, ScalarModel, checkpoint_layers, fuse, optimizer_step
-from ppo import Rollout, log_probs, policy_loss, update, value_loss
+from model import Decode, KVCache, Packed, ScalarModel, checkpoint_layers, fuse, replica, shard, sync, whole
+from ppo import Policy, Rollout, policy_loss, update, value_loss
 from rollout import Batch
 
 ANSWERS, PROMPT = {"tiny": 64, "middling": 8, "qwen2.5-1.5b": 128}, 16  # answers by model; tokens of a prompt
 TARGET = ("qwen2.5-1.5b", 768, 0.45)  # model, length, least MFU of its update on CUDA
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of a kernel's relative error
-autocast = partial(torch.autocast, DEVICE, DTYPE, enabled=CUDA)
+VERIFIED = {torch.float32: 1e-4, torch.bfloat16: 0.2}  # of losses and gradients; in bfloat16 those of keys nearly cancel
+adamw = partial(torch.optim.AdamW, lr=1e-6, fused=True)
 
 
-def make_models(name):
-    """Policy and critic, and their optimizers."""
+def make_models(name, dtype=DTYPE):
+    """Policy, critic and a frozen policy, as train.py has them."""
     torch.manual_seed(0)
     shape = dict(zip(SHAPE, MODELS[name][0]), num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True)
     config = Qwen2Config(**shape, pad_token_id=0, eos_token_id=None, bos_token_id=None)
-    policy = fuse(AutoModelForCausalLM.from_config(config, attn_implementation=attention.ATTENTION)).to(DEVICE).eval()
-    for p in policy.parameters():  # norms start as 1 and biases as 0: a forgotten one would go unnoticed
+    with torch.device(DEVICE):
+        lm = fuse(AutoModelForCausalLM.from_config(config, attn_implementation=attention.ATTENTION)).eval()
+    for p in lm.parameters():  # norms start as 1 and biases as 0: a forgotten one would go unnoticed
         p.data += 0.1 * torch.randn_like(p) if p.dim() == 1 else 0
-    critic = ScalarModel(copy.deepcopy(policy)).eval()
+    frozen, critic = cast(Policy(copy.deepcopy(lm)), dtype).requires_grad_(False), ScalarModel(copy.deepcopy(lm)).eval()
     torch.nn.init.normal_(critic.head.weight, std=0.02)  # it starts as 0, and the gradients of the whole LM with it
-    return (policy, critic), [torch.optim.AdamW(m.parameters(), lr=1e-6, fused=True) for m in (policy, critic)]
+    return [shard(m.to, dtype, torch.device(DEVICE)) for m in (Policy(lm), critic, frozen)]
+
+
+def cast(model, dtype):
+    for p in model.parameters():  # not model.to(dtype): the frequencies of rotary embeddings are float32 in any model
+        p.data = p.data.to(dtype)
+    return model
 
 
 def make_batch(vocab, lengths):
@@ -77,11 +87,14 @@ def make_batch(vocab, lengths):
 
 
 def stock(model):
-    """The model as transformers has it, on the very same parameters: one optimizer serves both."""
+    """The model as transformers has it, on the very same parameters; of a sharded one, on copies in DTYPE."""
+    if (lm := replica(model.lm, DTYPE, DEVICE)) is not model.lm:
+        source, model = model, (ScalarModel if isinstance(model, ScalarModel) else Policy)(lm)
+        sync(cast(model, DTYPE).requires_grad_(), source)
     twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})  # the memo: what it holds is not copied
     for module in twin.modules():
         vars(module).pop("forward", None)  # what `fuse` put there
-    getattr(twin, "lm", twin).set_attn_implementation("sdpa")
+    twin.lm.set_attn_implementation("sdpa")
     return twin
 
 
@@ -94,45 +107,51 @@ def padded(batch, rows):
 
 
 def padded_log_probs(policy, inputs, answer):
-    full = policy(**inputs).logits[:, :-1].float().log_softmax(-1)
+    full = policy.lm(**inputs).logits[:, :-1].float().log_softmax(-1)
     return full.gather(-1, inputs["input_ids"][:, 1:, None]).squeeze(-1)[answer], full.detach()
 
 
-def padded_update(policy, critic, optimizers, batch, rollout, plan, autocast=nullcontext):
+def padded_update(policy, critic, optimizers, batch, rollout, plans):
     count, metrics = batch.mask.sum().item(), torch.zeros(3, device=DEVICE)
-    for rows in plan:
+    for rows in plans[0]:
         inputs, answer = padded(batch, rows)
         take = lambda x: x[rows][batch.mask[rows]].to(DEVICE)  # noqa: B023
-        with autocast():
-            logp, full = padded_log_probs(policy, inputs, answer)
+        logp, full = padded_log_probs(policy, inputs, answer)
         loss = policy_loss(logp, take(rollout.logp), take(rollout.advantages), 0.2).sum() / count
         loss.backward()
         entropy = -(full.exp() * full).sum(-1)[answer].sum() / count
         del logp, full  # not while the critic runs
-        with autocast():
-            values = critic.head(critic.lm.model(**inputs).last_hidden_state).squeeze(-1)[:, :-1][answer].float()
+        values = critic.head(critic.lm.model(**inputs).last_hidden_state).squeeze(-1)[:, :-1][answer].float()
         v_loss = value_loss(values, take(rollout.values), take(rollout.returns), 0.2).sum() / count
         v_loss.backward()
         metrics += torch.stack([loss.detach(), entropy, v_loss.detach()])
-    norms = [optimizer_step(model, [optimizer], 1.0) for model, optimizer in zip((policy, critic), optimizers)]
+    norms = [torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item() for model in (policy, critic)]
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
     return [*metrics.tolist(), *norms]
 
 
-def verify():
+def verify(dtype):
     """Both ways must compute the same losses and gradients, whatever the micro-batches."""
-    (models, _), (batch, rollout) = make_models("tiny"), make_batch(64, [5, 40, 23, 1, 31, 40])
+    models, (batch, rollout) = make_models("tiny", dtype)[:2], make_batch(64, [5, 40, 23, 1, 31, 40])
+    # away from the edges of clipping, at which the gradient jumps: rounding must not move a token over one
+    away = lambda fn: batch.map(fn, [[*range(6)]], DEVICE) + 0.4 * torch.randint(-1, 2, batch.mask.shape)
+    rollout.logp = away(lambda _, *packed: models[0](*packed, 1.0)[0])
+    rollout.values = away(lambda _, packed, keep, __: models[1](packed)[keep])
     # with a learning rate of 0 nothing moves, and the momentum behind the first step is the gradient
-    ours, plain = ([torch.optim.SGD(m.parameters(), lr=0.0, momentum=0.9) for m in models] for _ in range(2))
+    twins, sgd = list(map(stock, models)), partial(torch.optim.SGD, lr=0.0, momentum=0.9)
+    ours, plain = ([sgd(m.parameters()) for m in both] for both in (models, twins))
     got = update(*models, ours, batch, rollout, [batch.plan(range(6), 100)])
     got = [got[name] for name in ("policy_loss", "entropy", "value_loss", "grad_norm_policy", "grad_norm_critic")]
-    pairs = list(zip(got, padded_update(*map(stock, models), plain, batch, rollout, [[0, 1, 2], [3, 4, 5]])))
-    for model, *both in zip(models, ours, plain):
-        pairs += [[optimizer.state[p]["momentum_buffer"] for optimizer in both] for p in model.parameters()]
-    pairs = [[torch.as_tensor(x) for x in pair] for pair in pairs]
+    pairs = list(zip(got, padded_update(*twins, plain, batch, rollout, [[[0, 1, 2], [3, 4, 5]]])))
+    for both in zip(ours, plain):
+        pairs += zip(*([whole(o.state[p]["momentum_buffer"]) for p in o.param_groups[0]["params"]] for o in both))
+    pairs = [[torch.as_tensor(x).float() for x in pair] for pair in pairs]
     off = max(((x - y).norm() / y.norm()).item() for x, y in pairs)
-    if not off <= 1e-4:
+    if not off <= VERIFIED[dtype]:
         raise UserError(f"padded_update does not compute what ppo.update does: a loss or gradient is {off:.1e} off")
-    print(f"losses and gradients are those of padded batches, to {off:.0e}")
+    print(f"losses and gradients are those of padded batches, to {off:.0e} in {str(dtype)[6:]}")
 
 
 def timed(run, *args):
@@ -143,23 +162,28 @@ def timed(run, *args):
 
 def compare(name, length, count, equal, budget, rounds):
     """Measures and prints the table. Returns whether the target is met."""
-    rng, ((policy, critic), optimizers) = random.Random(0), make_models(name)
+    rng, (policy, critic, frozen) = random.Random(0), make_models(name)
     answers = [length if equal else max(1, round(length / 8 * 8 ** rng.random())) for _ in range(count)]
-    batch, data = make_batch(policy.config.vocab_size, answers)
-    frozen = copy.deepcopy(policy).to(DTYPE).requires_grad_(False)
-    frozen_twin, *twins = map(stock, (frozen, policy, critic))
-    logp = lambda _, *packed: log_probs(frozen, *packed, 1.0)[0]
+    batch, data = make_batch(policy.lm.config.vocab_size, answers)
+    logp = lambda _, *packed: frozen(*packed, 1.0)[0]
     plan = lambda budget: batch.plan(range(count), budget)
     fixed = lambda budget: [x.tolist() for x in torch.arange(count).split(max(1, budget // (PROMPT + max(answers))))]
-    scores = lambda budget: [padded_log_probs(frozen_twin, *padded(batch, rows))[0].cpu() for rows in fixed(budget)]
-    train = lambda plan: update(policy, critic, optimizers, batch, data, [plan], autocast=autocast)
-    systems = {
-        "scoring": autocast()(lambda budget: batch.map(logp, plan(budget), DEVICE)),
-        "scoring, padded": torch.inference_mode()(autocast()(scores)),
-        "update": lambda budget: train(plan(budget)),
-        "update, padded": lambda budget: padded_update(*twins, optimizers, batch, data, fixed(budget), autocast),
+
+    @torch.inference_mode()
+    def scores(twin, budget):
+        return [padded_log_probs(twin, *padded(batch, rows))[0].cpu() for rows in fixed(budget)]
+
+    def train(step, planned, budget, *models):
+        optimizers = [adamw(m.parameters()) for m in models]
+        step(*models, optimizers, batch, data, [[[0]]])  # makes AdamW's moments, which take memory as well
+        return timed(lambda: step(*models, optimizers, batch, data, [planned(budget)]))
+
+    systems = {  # each returns its wall seconds; twins and moments take memory in their own turns alone
+        "scoring": lambda budget: timed(lambda: batch.map(logp, plan(budget), DEVICE)),
+        "scoring, padded": lambda budget: timed(scores, stock(frozen), budget),
+        "update": lambda budget: train(update, plan, budget, policy, critic),
+        "update, padded": lambda budget: train(padded_update, fixed, budget, stock(policy), stock(critic)),
     }
-    train([[0]])  # makes AdamW's moments, which take memory as well
     budgets, seconds, rates = dict.fromkeys(systems, budget), {system: [] for system in systems}, []
     for system, run in systems.items():  # a warm-up
         while budgets[system]:
@@ -167,23 +191,26 @@ def compare(name, length, count, equal, budget, rounds):
                 run(budgets[system])
                 break
             budgets[system] //= 2
-            torch.cuda.empty_cache()  # behind the `with`, for until its end the error holds the tensors
+            policy = critic = frozen = None  # all anew: sharded models do not recover from an error in their passes
+            gc.collect()  # behind the `with`, for until its end the error holds the tensors
+            torch.cuda.empty_cache()
+            policy, critic, frozen = make_models(name)
     a = torch.randn([8192 if CUDA else 2048] * 2, dtype=DTYPE, device=DEVICE)
     for _ in range(rounds):
         rates.append(2 * len(a) ** 3 / min(timed(torch.mm, a, a) for _ in range(8)))
         for system, run in systems.items():
             batch.packs.clear()  # packing is part of the work, as padding is
-            seconds[system].append(timed(run, budgets[system]))
+            seconds[system].append(run(budgets[system]))
 
     # Forward, for each token: 2 FLOP for each weight of the layers' matrices, 4 * hidden * layers for each token that it
     # reads, itself and those before, and in an answer 2 * hidden * vocabulary. Backward is twice that; nothing else counts.
     # So for a model that learns: tokens * (6 * matrix weights + 12 * hidden * layers * length / 2).
-    c, lengths = policy.config, [PROMPT + n for n in answers]
+    c, lengths = policy.lm.config, [PROMPT + n for n in answers]
     weights = sum(p.numel() for key, p in policy.named_parameters() if p.dim() == 2 and "layers" in key)
     reads, head = sum(n * (n + 1) / 2 for n in lengths), 2 * c.hidden_size * c.vocab_size * sum(answers)
     body = 2 * weights * sum(lengths) + 4 * c.hidden_size * c.num_hidden_layers * reads
     needed, mfu = {"scoring": body + head, "update": 3 * (2 * body + head)}, {}  # the critic's head is a vector
-    print(f"{name}, {policy.num_parameters():,} parameters; {count} answers, {sum(lengths):,} tokens\n{machine()}\n"
+    print(f"{name}, {policy.lm.num_parameters():,} parameters; {count} answers, {sum(lengths):,} tokens\n{machine()}\n"
           f"one matrix product: {median(rates) / 1e12:.3g} TFLOP/s\n\n"
           f"{'tokens/s':18}{'median':>9}{'min':>9}{'max':>9}  times padded  budget   MFU")  # fmt: skip
     for system, times in seconds.items():
@@ -224,10 +251,11 @@ def table(title, work):
 
 def point(work):
     answers, length, budget, checkpointed = (*work, False)[:4]
-    (models, optimizers), (batch, data) = make_models("tiny"), make_batch(64, [length] * answers)
-    for lm in (models[0], models[1].lm) if checkpointed else ():
-        checkpoint_layers(lm)
-    train, plan = partial(update, *models, optimizers, batch, data, autocast=autocast), batch.plan(range(answers), budget)
+    models, (batch, data) = make_models("tiny")[:2], make_batch(64, [length] * answers)
+    for model in models if checkpointed else ():
+        checkpoint_layers(model)
+    optimizers, plan = [adamw(m.parameters()) for m in models], batch.plan(range(answers), budget)
+    train = partial(update, *models, optimizers, batch, data)
     train([[[0]]])  # a small warm-up, which makes AdamW's moments
     # not getrusage: a child's ru_maxrss begins with its parent's, and nothing sets it back
     status = lambda field: int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
@@ -304,7 +332,8 @@ def main():
         sys.exit(0 if kernels() else 1)
     if o.model == "qwen2.5-1.5b" and not CUDA:
         raise UserError("qwen2.5-1.5b is measured on CUDA only; tiny and middling run on a CPU")
-    verify()
+    for dtype in dict.fromkeys((torch.float32, DTYPE)):
+        verify(dtype)
     met = compare(o.model, o.length, o.answers or ANSWERS[o.model], o.equal, o.token_budget, o.rounds)
     sys.exit(0 if met or not o.check else 1)
 

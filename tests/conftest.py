@@ -1,3 +1,4 @@
+import functools
 import sys
 from pathlib import Path
 
@@ -5,3 +6,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 torch.set_num_threads(1)
+
+import data  # noqa: E402
+
+data.toy_problems = functools.cache(data.toy_problems)  # dozens of runs begin with the same 20,000
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "ignore:torch.distributed is disabled")  # checkpoints of one process

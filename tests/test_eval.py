@@ -69,7 +69,7 @@ def folder(tmp_path_factory) -> str:
     model = toy_model(TOKENIZER, seed=0, hidden=16, layers=1, heads=2)
     model.save_pretrained(path / "lm")
     TOKENIZER.save_pretrained(path / "lm")
-    ScalarModel(model).save(path / "rm")
+    ScalarModel(model).save(TOKENIZER, path / "rm")
     return path
 
 

@@ -229,7 +229,7 @@ def test_a_value_is_the_head_of_the_stock_hidden_state_and_of_the_lowest_log_pro
 def test_a_saved_scalar_model_is_the_same_when_loaded(likelihood, tmp_path):
     model = with_random_head(tiny("qwen2")[1], likelihood)
     packed = Packed(random_sequences([5, 3]), prompt_lengths=[2, 1])
-    model.save(tmp_path)
+    model.save(toy_tokenizer(), tmp_path)
     loaded = ScalarModel.load(tmp_path)
     assert torch.equal(loaded(packed), model(packed)) and loaded(packed).abs().min() > 0
     assert loaded.likelihood == likelihood and not loaded.training and not loaded.lm.training

@@ -122,8 +122,8 @@ def labelled(n: int) -> list[dict]:
 def test_a_reward_model_learns_what_can_be_learnt_and_scores_unseen_questions(kind):
     rows = labelled(300)
     options = TrainOptions(kind=kind, epochs=4, lr=3e-3, head_lr=1e-2, batch_size=16)
-    lm = toy_model(TOKENIZER, seed=0, hidden=32, layers=2, heads=2)
-    model = prm.train_reward_model(lm, TOKENIZER, rows, options, prompt="{question}")
+    model = ScalarModel(toy_model(TOKENIZER, seed=0, hidden=32, layers=2, heads=2))
+    prm.train_reward_model(model, TOKENIZER, rows, options, prompt="{question}")
     result = prm.evaluate_reward_model(model, TOKENIZER, rows, options, prompt="{question}")
     assert result["auroc"] > 0.95 and result["accuracy"] > 0.9 and result["ece"] < 0.2
     held = [r for r in rows if prm.held_out(r["question"])]
@@ -135,9 +135,9 @@ def test_a_reward_model_learns_what_can_be_learnt_and_scores_unseen_questions(ki
 def test_the_training_gradient_does_not_depend_on_the_token_budget():
     rows, weights = labelled(40), []
     for budget in (1, 200, 100_000):
-        lm = toy_model(TOKENIZER, seed=0, hidden=16, layers=1, heads=2)
+        model = ScalarModel(toy_model(TOKENIZER, seed=0, hidden=16, layers=1, heads=2))
         options = TrainOptions(epochs=1, lr=1e-2, head_lr=1e-2, batch_size=8)
-        model = prm.train_reward_model(lm, TOKENIZER, rows, options, prompt="{question}", token_budget=budget)
+        prm.train_reward_model(model, TOKENIZER, rows, options, prompt="{question}", token_budget=budget)
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.allclose(weights[0], weights[1], atol=1e-4) and torch.allclose(weights[0], weights[2], atol=1e-4)
 
@@ -145,7 +145,7 @@ def test_the_training_gradient_does_not_depend_on_the_token_budget():
 def test_nothing_to_train_on_is_one_sentence(tiny):
     rows = [dict(r, ends=[], labels=[], truncated=True) for r in labelled(4)]
     with pytest.raises(UserError, match="none of the . labelled solutions has a complete step"):
-        prm.train_reward_model(tiny, TOKENIZER, rows, TrainOptions(), prompt="{question}")
+        prm.train_reward_model(ScalarModel(tiny), TOKENIZER, rows, TrainOptions(), prompt="{question}")
 
 
 def test_step_scores_are_the_heads_sigmoid_at_each_steps_last_token(tiny):
