@@ -739,8 +739,10 @@ def run(o: Options, folder: Path, rank: int, world: int, device) -> None:
 def loop(o: Options, folder: Path, trainer: Trainer, sources: dict, interrupt: Interrupt) -> None:
     rank, metrics, samples, exported = trainer.rank, folder / "metrics.jsonl", folder / "samples.jsonl", folder / "model"
     start = load_checkpoint(folder, trainer, sources) if o.resume else 0
-    if start >= o.iterations and exported.exists():
-        raise UserError(f"{folder} has run its {start} iterations already: raise --iterations to go on")
+    if start >= o.iterations and exported.exists():  # no mistake: a script that resumes until it is done may ask once more
+        if rank == 0:
+            print(f"{folder} has run its {start} iterations already: raise --iterations to go on")
+        return
     before, first = after, last = json.loads((folder / "before.json").read_text()) if start else trainer.evaluate()
     if rank == 0:
         write(folder / "config.json", json.dumps(asdict(o), indent=1))
