@@ -506,7 +506,6 @@ def shard(make, dtype: torch.dtype, device, offload: bool = False) -> nn.Module:
         return make(device)
     if not dist.is_initialized():
         dist.init_process_group(BACKEND, store=dist.HashStore(), rank=0, world_size=1)
-        atexit.register(dist.destroy_process_group)
     model = on_rank_0(lambda: make("cpu"), share=False) or make("meta")
     units = [(module, dtype) for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     units += [(model.head, torch.float32)] if isinstance(model, ScalarModel) else []
@@ -586,6 +585,7 @@ def last_micro_batch(model: nn.Module, last: bool) -> None:
 
 
 BACKEND = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
 
 
 def start_processes() -> tuple[int, int, torch.device]:
@@ -598,7 +598,6 @@ def start_processes() -> tuple[int, int, torch.device]:
         store = meet(next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))[0], rank, world)
         # rank 0 alone may load or write for long; the others wait for it, and `watching` tells waiting from dead
         dist.init_process_group(BACKEND, store=store, rank=rank, world_size=world, timeout=timedelta(hours=12))
-        atexit.register(dist.destroy_process_group)
     return rank, world, torch.device("cuda", local) if cuda else torch.device("cpu")
 
 

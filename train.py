@@ -575,14 +575,13 @@ def save_checkpoint(folder: Path, iteration: int, trainer: Trainer, sources: dic
     except dcp.CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         raise UserError(f"cannot write {new}: {cause}; the checkpoints before it are untouched") from None
-    files = gather([[path.name, path.stat().st_size, checksum(path)] for path in sorted(new.glob(f"__{rank}_*"))])
+    files = gather([signature(path) for path in sorted(new.glob(f"__{rank}_*"))])
     cuda = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else []
     rng = gather([[torch.get_rng_state().tolist(), cuda]])
     if rank == 0:
-        path = new / ".metadata"
-        files.append([path.name, path.stat().st_size, checksum(path)])
         manifest = {"iteration": iteration, "world": trainer.world, "options": fixed(asdict(trainer.o)), "sources": sources}
-        write(new / "manifest.json", json.dumps({**manifest, "files": files, "rng": rng}))
+        manifest |= {"files": [*files, signature(new / ".metadata")], "rng": rng}
+        write(new / "manifest.json", json.dumps(manifest))
         new.rename(folder / name)
         for old in checkpoints(folder)[: -trainer.o.keep]:
             remove(old)
@@ -597,12 +596,14 @@ def remove(path: Path) -> None:
     shutil.rmtree(gone)
 
 
-def checksum(path: Path) -> int:
-    value = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            value = zlib.crc32(block, value)
-    return value
+def signature(path: Path) -> list:
+    """Name, size and checksum of a file."""
+    size = value = 0
+    if path.is_file():
+        with open(path, "rb") as file:
+            while block := file.read(1 << 24):
+                size, value = size + len(block), zlib.crc32(block, value)
+    return [path.name, size, value]
 
 
 def load_checkpoint(folder: Path, trainer: Trainer, sources: dict) -> int:
@@ -623,7 +624,7 @@ def load_checkpoint(folder: Path, trainer: Trainer, sources: dict) -> int:
         files = manifest["files"]
     except (OSError, ValueError, KeyError):
         raise UserError(f"{path} is damaged (its manifest cannot be read); {mend}") from None
-    damaged = [name for name, size, crc in files[trainer.rank :: trainer.world] if not intact(path / name, size, crc)]
+    damaged = [file[0] for file in files[trainer.rank :: trainer.world] if signature(path / file[0]) != file]
     if damaged := gather(damaged):
         raise UserError(f"{path} is damaged ({', '.join(damaged)}); {mend}")
     if other := differences({**manifest["options"], **manifest["sources"]}, {**fixed(asdict(o)), **sources}):
@@ -637,10 +638,6 @@ def load_checkpoint(folder: Path, trainer: Trainer, sources: dict) -> int:
     for later in found[found.index(path) + 1 :] if trainer.rank == 0 else ():
         remove(later)
     return manifest["iteration"]
-
-
-def intact(path: Path, size: int, crc: int) -> bool:
-    return path.is_file() and path.stat().st_size == size and checksum(path) == crc
 
 
 # ------------------------------------------------------------------------------------------------ runs
@@ -673,7 +670,7 @@ def open_run(o: Options) -> Path:
         raise UserError(f"{folder} exists: --resume continues it, another --name starts a new run")
     if taken(folder):
         lock(folder / "lock").close()  # to say so now, not after the preparation
-        old = json.loads((folder / "config.json").read_text())
+        old = {**asdict(Options()), **json.loads((folder / "config.json").read_text())}  # of an older version, perhaps
         if changed := differences(fixed(old), fixed(asdict(o))):
             raise UserError(f"{folder} was started with other options ({changed}): use those, or another --name")
     elif o.resume:

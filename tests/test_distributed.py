@@ -182,7 +182,9 @@ def test_two_processes_make_the_labels_and_the_reward_model_of_one(argv, alone, 
 
 
 def test_a_sharded_run_resumes_bit_equal_in_its_world_and_close_in_another(argv, alone):
-    whole, same, other = (folder_of(argv, name) for name in ("2-2", "same", "other"))  # 2-2: of the test above
+    whole, same, other = (folder_of(argv, name) for name in ("2-2", "same", "other"))
+    if not whole.exists():  # the test above has made it
+        run(2, argv, "2-2")
     run(2, argv, "same", "--iterations", "2")
     shutil.copytree(same, other)
     run(2, argv, "same", "--resume")
