@@ -272,10 +272,11 @@ def test_every_question_has_one_rank_and_the_shares_are_equally_long(world):
 # ------------------------------------------------------------------------------------------------ sudden ends
 
 
-def kill_at_random(argv: list[str], whole: Path, kills: int, seed: int = 0) -> tuple[int, int]:
+def kill_at_random(argv: list[str], kills: int, seed: int = 0) -> tuple[int, int]:
     """Kill runs at random moments, from the preparation to the export, and resume each until it is complete and equal to
-    the whole one. Returns how many kills hit and how many runs were completed."""
-    rng, hits, completed = random.Random(seed), 0, 0
+    one that was let be. Returns how many kills hit and how many runs were completed."""
+    argv, rng, hits, completed = [*argv, "--questions", "4", "--minibatches", "1"], random.Random(seed), 0, 0
+    attempt(argv, "whole", None)
     began = time.monotonic()
     attempt(argv, "timed", None)
     longest = time.monotonic() - began
@@ -287,7 +288,7 @@ def kill_at_random(argv: list[str], whole: Path, kills: int, seed: int = 0) -> t
             hits += 1
             broken = [p for p in folder_of(argv, name).glob("checkpoint-*") if not (p / "manifest.json").exists()]
             assert not broken  # nothing unfinished bears the name of a checkpoint
-        assert_bit_equal(folder_of(argv, name), whole)
+        assert_bit_equal(folder_of(argv, name), folder_of(argv, "whole"))
         samples = (folder_of(argv, name) / "samples.jsonl").read_text().splitlines()
         assert [json.loads(x)["iteration"] for x in samples] == sorted(list(range(1, 4)) * 4)
         completed += 1
@@ -310,9 +311,8 @@ def attempt(argv: list[str], name: str, seconds: float | None) -> bool:
     return False
 
 
-def test_a_run_killed_at_20_random_moments_ends_as_if_it_had_not_been(argv, alone, tmp_path):
-    argv = [str(tmp_path) if x == argv[argv.index("--runs-dir") + 1] else x for x in argv]
-    hits, completed = kill_at_random(argv, alone, 20)
+def test_a_run_killed_at_20_random_moments_ends_as_if_it_had_not_been(argv, tmp_path):
+    hits, completed = kill_at_random([*argv, "--runs-dir", str(tmp_path)], 20)
     assert hits == 20 and completed >= 2
 
 
@@ -628,8 +628,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         argv, kills = arguments(Path(scratch)), int(sys.argv[1])
-        run(1, argv, "alone")
         began = time.monotonic()
-        hits, completed = kill_at_random(argv, folder_of(argv, "alone"), kills, seed=1)
+        hits, completed = kill_at_random(argv, kills, seed=1)
         seconds = time.monotonic() - began
         print(f"{hits} kills, {completed} runs completed, all equal to the uninterrupted one; {seconds:.0f} s")
