@@ -24,7 +24,7 @@ from transformers import HfArgumentParser
 import prm
 from data import Problem, TextOptions, UserError, decode, encode_prompts, load_problems, option, run_script, step_ends
 from grader import extract, grade, verdict
-from model import ScalarModel, eos_ids, gather, load_causal_lm, load_tokenizer, start_processes
+from model import ScalarModel, eos_ids, gather, load_causal_lm, load_tokenizer, start_processes, watching
 from rollout import Sample, as_sampler, rollout
 
 # ------------------------------------------------------------------------------------------------ answers
@@ -303,7 +303,9 @@ def main() -> None:
             draw_curves(o.runs, o.figure)
             print(f"\nwritten: {o.figure}")
     else:
-        evaluate_model(o, *start_processes())
+        rank, world, device = start_processes()
+        with watching(rank, world):
+            evaluate_model(o, rank, world, device)
 
 
 if __name__ == "__main__":

@@ -515,9 +515,9 @@ def shard(make, dtype: torch.dtype, device, offload: bool = False) -> nn.Module:
             unit, mesh=gpus(device.type), reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(low, torch.float32),
             offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy(),
         )  # fmt: skip
-        # add the gradients of the ranks up, since the losses are divided by global counts already
-        unit.set_gradient_divide_factor(1.0)
-        unit.set_force_sum_reduction_for_comms(True)
+        if dist.get_world_size() > 1:  # add the gradients up, since the losses are divided by global counts already
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
     return model
 
 
@@ -585,7 +585,12 @@ def last_micro_batch(model: nn.Module, last: bool) -> None:
 
 
 BACKEND = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
+
+
+@atexit.register
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def start_processes() -> tuple[int, int, torch.device]:
@@ -628,7 +633,7 @@ def watching(rank: int, world: int, every: float = 2.0, patience: float = 45.0):
         return
     store = dist.distributed_c10d._get_default_store().clone()  # of its own: who waits on one locks it
     over, me = Event(), f"{socket.gethostname()} {os.getpid()}"
-    keeps_store = rank == 0 and "TORCHELASTIC_RUN_ID" not in os.environ
+    keeps_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does
     linger = lambda: time.sleep(2 * every if keeps_store else 0)  # until the others have read why
 
     def look(count: int, seen: dict) -> str:
@@ -656,7 +661,7 @@ def watching(rank: int, world: int, every: float = 2.0, patience: float = 45.0):
                 why, count = look(count, seen), count + 1
             except Exception as error:
                 why = f"the first node cannot be reached ({first_line(error)})"
-        if why:
+        if why and not over.is_set():
             print(f"rank {rank} stops: {why}", file=sys.stderr, flush=True)
             linger()
             os._exit(1)  # the main thread may be waiting in a collective, where no exception reaches it
@@ -673,6 +678,7 @@ def watching(rank: int, world: int, every: float = 2.0, patience: float = 45.0):
         thread.join(10)
         store.set("stopped", f"rank {rank} ({me}) stopped: {first_line(error)}")
         linger()
+        atexit.unregister(leave)  # which would wait for what the others never send
         raise
     over.set()
     thread.join(10)  # Python cannot end in peace while a thread is within the store's calls

@@ -37,8 +37,8 @@ from data import (
 )  # fmt: skip
 from grader import grade
 from model import (
-    NonFinite, ScalarModel, all_reduce, barrier, eos_ids, gather, load_causal_lm, load_tokenizer, lock,
-    optimizer_step, same_tokenizer, shard, start_processes,
+    NonFinite, ScalarModel, all_reduce, barrier, checkpoint_layers, eos_ids, gather, load_causal_lm, load_tokenizer, lock,
+    optimizer_step, same_tokenizer, shard, start_processes, watching,
 )  # fmt: skip
 from rollout import Batch, as_sampler, rollout
 
@@ -299,15 +299,16 @@ def quality(scores: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def evaluate_reward_model(
-    model, tokenizer, rows: list[dict], options: TrainOptions, *, prompt: str, device="cpu", rank: int = 0, world: int = 1
-) -> dict[str, float]:
+    model, tokenizer, rows: list[dict], options: TrainOptions, *, prompt: str, device="cpu", token_budget: int = 16384,
+    rank: int = 0, world: int = 1,
+) -> dict[str, float]:  # fmt: skip
     """Quality on held-out questions against the labels; of a PRM in the embedded world against the exact oracle too."""
     rows = [row for row in rows if held_out(row["question"])]
     marks = targets(rows, options.kind, options.labels)
     if not any(marks):
         return {}
     batch, mine = to_batch(rows, tokenizer, prompt), list(range(rank, len(rows), world))
-    scores = score_tokens(model, batch, batch.plans([mine], 16384)[0], device)
+    scores = score_tokens(model, batch, batch.plans([mine], token_budget)[0], device)
     flat = dict(gather([(i, [scores[i, t].item() for t, _ in marks[i]]) for i in mine]))
     flat = torch.tensor([score for i in range(len(rows)) for score in flat[i]])
     result = quality(flat, torch.tensor([y for m in marks for _, y in m]))
@@ -350,11 +351,13 @@ def identity(path: str) -> str:
 
 def prepare_reward_model(
     cache: Path, model: str, completer: str, data: str, problems, label_options: LabelOptions, train_options: TrainOptions,
-    *, dtype=torch.float32, device="cpu", rank: int = 0, world: int = 1,
+    *, dtype=torch.float32, device="cpu", rank: int = 0, world: int = 1, token_budget: int = 16384,
+    checkpointed: bool = False,
 ) -> str:  # fmt: skip
     """Labels, then a reward model trained on them from the completer's weights, each made once; the model's folder.
 
-    problems() gives the questions; it is called only if the labels are not there yet."""
+    problems() gives the questions; it is called only if the labels are not there yet. token_budget: packed tokens of a
+    micro-batch of the training; checkpointed: it recomputes its activations."""
     key = {"model": identity(model), "completer": identity(completer), "data": identity(data), **asdict(label_options)}
     tokenizer = load_tokenizer(model)
 
@@ -366,7 +369,9 @@ def prepare_reward_model(
     def train(folder):
         rows = read_labels(labels / "labels.jsonl")
         model = shard(lambda home: new_reward_model(completer, train_options, home), dtype, device)
-        where = dict(prompt=label_options.prompt, device=device, rank=rank, world=world)
+        if checkpointed:
+            checkpoint_layers(model)
+        where = dict(prompt=label_options.prompt, device=device, rank=rank, world=world, token_budget=token_budget)
         train_reward_model(model, tokenizer, rows, train_options, seed=label_options.seed, **where)
         quality = evaluate_reward_model(model, tokenizer, rows, train_options, **where)
         model.save(tokenizer, folder, rank)
@@ -423,6 +428,11 @@ def main() -> None:
         if not getattr(o, name):
             raise UserError(f"{stage} needs --{name.replace('_', '-')}, see python prm.py --help")
     rank, world, device = start_processes()
+    with watching(rank, world):
+        run_stage(stage, o, label_options, train_options, rank, world, device)
+
+
+def run_stage(stage: str, o: Options, label_options: LabelOptions, train_options: TrainOptions, rank, world, device) -> None:
     tokenizer, prompt = load_tokenizer(o.model), label_options.prompt
     if stage == "label":
         problems = load_problems(o.data, "train", label_options.problems)

@@ -15,6 +15,7 @@ Left out: mixtures of data sets, logging services.
 
 import argparse
 import copy
+import gc
 import json
 import math
 import os
@@ -174,8 +175,10 @@ def plan(o: Options, gpus: int, gpu_memory: float, node: int, longest: int) -> t
     change if it does not fit."""
     config, b = model_shape(o.model), torch.finfo(DTYPES[o.dtype]).bits // 8
     reward_config = model_shape(o.prm or o.orm) if o.prm or o.orm else None
-    shape = dict(ranks=gpus, b=b, reward_config=reward_config)
-    parts = lambda **new: memory(config, replace(o, **new), shards=min(gpus, node), longest=longest, **shape)
+    shape, sharded = dict(ranks=gpus, b=b, reward_config=reward_config), gpus > 1 or b < 4
+    parts = lambda **new: memory(
+        config, replace(o, **new), shards=min(gpus, node), longest=longest, sharded=sharded, **shape
+    )  # fmt: skip
     fits = lambda **new: total(parts(**new)) <= gpu_memory * 1e9 - RESERVE
 
     def largest(name: str, most: int, **new) -> int:
@@ -326,8 +329,9 @@ def prepare(o: Options, found: list, rank: int, world: int, device) -> tuple[str
     training = prm.TrainOptions(kind, o.labels, o.rm_epochs, o.rm_lr, o.rm_head_lr, likelihood=o.rm_likelihood)
     dtype = DTYPES[o.dtype]
     return policy, prm.prepare_reward_model(
-        cache, policy, completer, o.data, problems, labels, training, dtype=dtype, device=device, rank=rank, world=world
-    )
+        cache, policy, completer, o.data, problems, labels, training, dtype=dtype, device=device, rank=rank, world=world,
+        token_budget=o.token_budget, checkpointed=o.checkpoint_activations,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ the loop
@@ -643,7 +647,6 @@ def load_checkpoint(folder: Path, trainer: Trainer, sources: dict) -> int:
 # ------------------------------------------------------------------------------------------------ runs
 
 
-RESTARTED = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts, with the same options
 FREE = (  # options that do not change what is computed
     "name", "resume", "resume_from", "iterations", "save_every", "keep", "runs_dir", "slots", "threads", "token_budget",
     "checkpoint_activations", "offload_frozen",
@@ -658,13 +661,19 @@ def differences(old: dict, new: dict) -> str:
     return ", ".join(f"{k} {old.get(k)} -> {new.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k))
 
 
-def open_run(o: Options) -> Path:
-    """The folder of the run. Raises UserError if it exists and is not to be resumed, is in use, or has other options."""
+def restarted() -> bool:
+    """By torchrun --max-restarts, with the same options. Its nodes count for themselves: one of them may say 0."""
+    return bool(all_reduce(torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))), "max"))
+
+
+def open_run(o: Options, again: bool = False) -> Path:
+    """The folder of the run, of the last one without a name if it starts `again`. Raises UserError if it exists and is not
+    to be resumed, is in use, or has other options."""
     runs, base = Path(o.runs_dir), f"{o.preset or 'run'}-{o.reward}-s{o.seed}"
     taken = lambda folder: (folder / "config.json").exists()
     numbered = [runs / (base if i == 1 else f"{base}-{i}") for i in range(1, 1000)]
     folder = runs / o.name if o.name else next(x for x in numbered if not taken(x))
-    if RESTARTED and not o.name:
+    if again and not o.name:
         folder = max((x for x in numbered if taken(x)), key=numbered.index, default=folder)
     if taken(folder) and not o.resume:
         raise UserError(f"{folder} exists: --resume continues it, another --name starts a new run")
@@ -723,6 +732,9 @@ def run(o: Options, folder: Path, rank: int, world: int, device) -> None:
         if mend:
             raise UserError(f"{table}\n{mend}")
     policy, reward_model = prepare(o, data[0], rank, world, device)
+    gc.collect()  # the models that it needed: they refer to themselves
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     trainer = Trainer(o, data, policy, reward_model, rank, world, device)
     made_of = {"policy": policy, "reward model": reward_model}
     sources = on_rank_0(lambda: {what: prm.identity(path) if path else "" for what, path in made_of.items()})
@@ -823,8 +835,9 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     check_share(options, world)
     with watching(rank, world):
-        options.resume |= RESTARTED
-        run(options, on_rank_0(lambda: open_run(options)), rank, world, device)
+        again = restarted()
+        options.resume |= again
+        run(options, on_rank_0(lambda: open_run(options, again)), rank, world, device)
 
 
 if __name__ == "__main__":

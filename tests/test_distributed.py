@@ -340,6 +340,20 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed(argv, alone, tmp_path):
     assert "initial" not in done.stderr
 
 
+def test_ranks_that_count_restarts_differently_all_resume(argv, alone, tmp_path):
+    """As on two nodes, of which torchrun restarts one for the failure of the other, and does not count that."""
+    argv = [*argv, "--runs-dir", str(tmp_path)]
+    run(2, argv, "run-delta-s0", "--iterations", "2")
+
+    def main():
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = os.environ["RANK"]
+        trainer(argv)()
+
+    codes, printed = finish(start(2, main, tmp_path / "log"), tmp_path / "log")
+    assert codes == [0, 0], printed
+    assert_close(tmp_path / "run-delta-s0", alone, argv)
+
+
 @pytest.mark.parametrize("how, words", [(signal.SIGKILL, "has died"), (signal.SIGSTOP, "has not been heard of for 3 s")])
 def test_when_a_rank_dies_or_hangs_the_others_stop_with_its_name(how, words, tmp_path):
     def main():
