@@ -316,7 +316,7 @@ def run_script(main) -> None:
         main()
     except (UserError, OSError) as error:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(3)  # most mistakes are seen by all ranks: the first one has spoken, and torchrun stops us here
+            time.sleep(1)  # most mistakes are seen by all ranks: the first one has spoken, and torchrun stops us here
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -502,7 +502,8 @@ def shard(make, dtype: torch.dtype, device, offload: bool = False) -> nn.Module:
 
     Rank 0 alone reads the file, the others make("meta"). offload: what is kept stays in the CPU's memory. One process that
     computes in float32 has nothing to split and nothing to cast: its model stays as it is."""
-    if dtype == torch.float32 and not (dist.is_initialized() and dist.get_world_size() > 1):
+    alone = not dist.is_initialized() or dist.get_world_size() == 1
+    if alone and dtype == torch.float32 and not offload:
         return make(device)
     if not dist.is_initialized():
         dist.init_process_group(BACKEND, store=dist.HashStore(), rank=0, world_size=1)

@@ -213,6 +213,7 @@ def plan(o: Options, gpus: int, gpu_memory: float, node: int, longest: int) -> t
 
 
 def check_share(o: Options, world: int) -> None:
+    """Raises UserError if the processes cannot have as many questions each."""
     if o.questions % world:
         fewer = o.questions - o.questions % world
         near = f"{fewer} or {fewer + world}" if fewer else world
