@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from grader import extract, grade, verdict
+from grader import WORKER, extract, grade, verdict
 
 ROOT = Path(__file__).parents[1]
 
@@ -1183,6 +1183,18 @@ def test_no_process_survives_a_killed_parent(how, busy, mark):
         process.send_signal(how)
         assert process.wait(timeout=10) != 0
         assert all_gone(mark)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="the system does not tell a process's processor time")
+def test_a_worker_that_waits_for_a_processor_is_waited_for():
+    """As where many processes share few of them: it counts what the worker has worked, not how long that took."""
+    assert grade("-0.5", r"A: -\frac12")  # starts it
+    worker = WORKER.process.pid
+    os.kill(worker, signal.SIGSTOP)
+    threading.Timer(1.5, os.kill, (worker, signal.SIGCONT)).start()
+    began = time.monotonic()
+    assert verdict("-0.25", r"A: -\frac14").kind == "match"
+    assert time.monotonic() - began > 1 and WORKER.process.pid == worker
 
 
 @LINUX
