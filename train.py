@@ -829,12 +829,12 @@ def main() -> None:
         if mend:
             raise UserError(mend)
         return
+    check_share(options, int(os.environ.get("WORLD_SIZE", 1)))  # before the processes meet, of whom one would leave first
     rank, world, device = start_processes()
     if rank == 0:
         print(preset, flush=True)
     if options.threads and world == 1:  # torchrun divides the cores itself
         torch.set_num_threads(options.threads)
-    check_share(options, world)
     with watching(rank, world):
         again = restarted()
         options.resume |= again
