@@ -119,6 +119,11 @@ def finish(processes: list, log: Path, timeout: float = 90) -> tuple[list[int], 
     return [p.exitcode for p in processes], printed
 
 
+def both_succeed(main, log: Path, **environment):
+    codes, printed = finish(start(2, main, log, **environment), log)
+    assert codes == [0, 0], printed
+
+
 def run(world: int, argv: list[str], name: str, *more: str, codes=None, **environment) -> str:
     """A run to its end in that many processes; what it printed."""
     log = folder_of(argv, f"{name}.log")
@@ -204,8 +209,7 @@ def test_ranks_with_unequal_lengths_run_as_many_micro_batches(tmp_path):
         out = batch.map(lambda rows, packed, keep, targets: keep.float(), plans[0], "cpu")
         assert out.shape == batch.mask.shape and (out[~batch.mask] == 0).all()
 
-    codes, printed = finish(start(2, main, tmp_path / "log"), tmp_path / "log")
-    assert codes == [0, 0], printed
+    both_succeed(main, tmp_path / "log")
 
 
 def test_only_rank_0_reads_the_weights_and_ties_and_values_survive_sharding(tmp_path, argv):
@@ -228,8 +232,7 @@ def test_only_rank_0_reads_the_weights_and_ties_and_values_survive_sharding(tmp_
         for a, b in zip(plain.buffers(), copy.buffers()):
             assert torch.equal(a, b)
 
-    codes, printed = finish(start(2, main, tmp_path / "log"), tmp_path / "log")
-    assert codes == [0, 0], printed
+    both_succeed(main, tmp_path / "log")
 
 
 def test_a_gradient_summed_once_a_step_over_nodes_is_that_of_every_pass(tmp_path, argv):
@@ -251,8 +254,7 @@ def test_a_gradient_summed_once_a_step_over_nodes_is_that_of_every_pass(tmp_path
         for a, b in zip(*gradients):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
 
-    codes, printed = finish(start(2, main, tmp_path / "log", LOCAL_WORLD_SIZE="1"), tmp_path / "log")
-    assert codes == [0, 0], printed
+    both_succeed(main, tmp_path / "log", LOCAL_WORLD_SIZE="1")
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
@@ -349,8 +351,7 @@ def test_ranks_that_count_restarts_differently_all_resume(argv, alone, tmp_path)
         os.environ["TORCHELASTIC_RESTART_COUNT"] = os.environ["RANK"]
         trainer(argv)()
 
-    codes, printed = finish(start(2, main, tmp_path / "log"), tmp_path / "log")
-    assert codes == [0, 0], printed
+    both_succeed(main, tmp_path / "log")
     assert_close(tmp_path / "run-delta-s0", alone, argv)
 
 

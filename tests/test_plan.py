@@ -29,7 +29,9 @@ def make(kind, tied, kv_heads):
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind, tied, kv", [("qwen2", True, 2), ("qwen2", False, 4), ("qwen3", True, 2), ("llama", False, 1)])
+@pytest.mark.parametrize(
+    "kind, tied, kv", [("qwen2", True, 2), ("qwen2", False, 4), ("qwen3", True, 2), ("llama", False, 1)]
+)
 def test_every_byte_that_autograd_keeps_is_counted(kind, tied, kv, dtype, checkpointed):
     config, b = make(kind, tied, kv), dtype.itemsize
     lm = model.fuse(AutoModelForCausalLM.from_config(config, attn_implementation=model.ATTENTION)).to(dtype).eval()
