@@ -1,4 +1,5 @@
 import functools
+import logging
 import sys
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 torch.set_num_threads(1)
+logging.disable(logging.DEBUG)  # torch tells of each tensor of a checkpoint twice, and pytest would format and keep it all
 
 import data  # noqa: E402
 
