@@ -21,19 +21,19 @@ def answers(samples) -> list[list[tuple]]:
 # ------------------------------------------------------------------------------------------------ greedy
 
 
-@pytest.mark.parametrize("slots", [3, 64])
 @pytest.mark.parametrize("kind, eos", [("qwen2", [3, 11, 20]), ("llama gqa", [3, 11, 20])])
-def test_greedy_tokens_are_those_of_transformers_generate(kind, eos, slots):
+def test_greedy_tokens_are_those_of_transformers_generate(kind, eos):
     stock, ours = tiny(kind)
-    got = rollout(ours, PROMPTS, max_new_tokens=14, eos_ids=eos, temperature=0, slots=slots)
+    few, many = (rollout(ours, PROMPTS, max_new_tokens=14, eos_ids=eos, temperature=0, slots=slots) for slots in (3, 64))
     ended = 0
     for i, prompt in enumerate(PROMPTS):
         ids = torch.tensor([prompt])
         expected = stock.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=14,
                                   eos_token_id=eos, pad_token_id=0)[0, len(prompt) :].tolist()  # fmt: skip
-        assert [(s.prompt, s.ids, s.truncated) for s in got[i]] == [(i, expected, expected[-1] not in eos)]
+        for got in (few, many):
+            assert [(s.prompt, s.ids, s.truncated) for s in got[i]] == [(i, expected, expected[-1] not in eos)]
         ended += expected[-1] in eos
-    assert 2 <= ended <= len(PROMPTS) - 2 and len({len(s.ids) for [s] in got}) >= 3  # slots were refilled and compacted
+    assert 2 <= ended <= len(PROMPTS) - 2 and len({len(s.ids) for [s] in few}) >= 3  # slots were refilled and compacted
 
 
 # ------------------------------------------------------------------------------------------------ distribution
@@ -126,7 +126,7 @@ def test_draw_does_not_starve_the_rare_tokens_of_a_large_vocabulary():
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.6, 1.0), (1.0, 0.8)])
 def test_draw_is_the_inverse_of_the_distribution_function_in_float64(V, temperature, top_p):
     rng = torch.Generator().manual_seed(0)
-    logits, u = 3 * torch.randn(2000, V, generator=rng), torch.rand(2000, generator=rng, dtype=torch.float64)
+    logits, u = 3 * torch.randn(1000, V, generator=rng), torch.rand(1000, generator=rng, dtype=torch.float64)
     p = (logits.double() / temperature).softmax(-1)
     if top_p < 1:
         ordered = p.sort(-1, descending=True).values
