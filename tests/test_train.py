@@ -20,7 +20,7 @@ PROBLEMS = Path(tempfile.mkdtemp()) / "problems.jsonl"
 PROBLEMS.write_text("\n".join(json.dumps(vars(p)) for p in toy_problems("train", 100)))
 SMALL = (
     f"--data {PROBLEMS} --prompt {{question}} --questions 8 --samples 2 --iterations 4 --minibatches 2 --max-new-tokens 24 "
-    "--eval-problems 6 --eval-every 2 --save-every 1 --token-budget 128 --lr 1e-3 --critic-lr 1e-3 --label-problems 24 "
+    "--eval-problems 6 --eval-every 2 --token-budget 128 --lr 1e-3 --critic-lr 1e-3 --label-problems 24 "
     "--completions 2 --rm-epochs 1 --rm-lr 1e-3 --lr-warmup 1"
 ).split()
 
@@ -120,7 +120,7 @@ def fails(monkeypatch, capsys, *argv: str) -> str:
 
 def test_bad_input_gets_one_sentence_and_status_2(monkeypatch, capsys, tmp_path, tiny):
     fail = lambda *argv: fails(monkeypatch, capsys, "--runs-dir", str(tmp_path / "runs"), "--model", tiny, *argv)
-    good = '{"question": "1+1", "answer": "2"}\n'
+    good, small = '{"question": "1+1", "answer": "2"}\n', ("--data", str(PROBLEMS))
     (tmp_path / "malformed.jsonl").write_text(good + '{"question": \n')
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "fields.jsonl").write_text(good + good + '{"text": "1"}\n')
@@ -134,11 +134,11 @@ def test_bad_input_gets_one_sentence_and_status_2(monkeypatch, capsys, tmp_path,
     assert "holds no problems" in fail("--data", str(tmp_path / "empty.jsonl"))
     assert "line 3: needs the fields" in fail("--data", str(tmp_path / "fields.jsonl"))
     assert "longer than the limit of 1024 tokens" in fail("--data", str(tmp_path / "long.jsonl"))
-    assert "tokenizer" in fail("--data", "toy", "--model", str(tmp_path / "no_tokenizer"))
-    assert "cannot load" in fail("--data", "toy", "--model", str(tmp_path / "nowhere"))
-    assert "not a reward model" in fail("--data", "toy", "--reward", "delta", "--prm", tiny)
-    assert "needs a reward model" in fail("--data", "toy", "--reward", "delta", "--label-problems", "0")
-    assert "positions" in fail("--data", "toy", "--reward", "success", "--max-new-tokens", "300")
+    assert "tokenizer" in fail(*small, "--model", str(tmp_path / "no_tokenizer"))
+    assert "cannot load" in fail(*small, "--model", str(tmp_path / "nowhere"))
+    assert "not a reward model" in fail(*small, "--reward", "delta", "--prm", tiny)
+    assert "needs a reward model" in fail(*small, "--reward", "delta", "--label-problems", "0")
+    assert "positions" in fail(*small, "--reward", "success", "--max-new-tokens", "300")
 
 
 def test_an_existing_run_is_neither_overwritten_nor_resumed_with_other_options(tmp_path, tiny, capsys):
