@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from grader import WORKER, extract, grade, verdict
+from grader import WORKER, extract, grade, main, verdict
 
 ROOT = Path(__file__).parents[1]
 
@@ -1331,11 +1331,18 @@ def run(*arguments):
     return subprocess.run([sys.executable, ROOT / "grader.py", *arguments], capture_output=True, text=True, timeout=20)
 
 
-def refused(*arguments):
-    """The one sentence that a wrong command gets."""
-    wrong = run(*arguments)
-    assert wrong.returncode == 2 and "Traceback" not in wrong.stderr and "Traceback" not in wrong.stdout
-    return wrong.stderr
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Calls the command's main(); gives the one sentence that a wrong command gets."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["grader.py", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    return call
 
 
 def test_the_command_shows_both_answers_and_the_verdict():
@@ -1361,14 +1368,14 @@ BROKEN = ['{"gold": "5", "text"', '{"gold": "5"}', '{"text": "5"}', "[1, 2]", "5
 
 
 @pytest.mark.parametrize("line", BROKEN, ids=ascii)
-def test_a_broken_line_is_named(line, tmp_path):
+def test_a_broken_line_is_named(line, tmp_path, refused):
     file = tmp_path / "broken.jsonl"
     good = json.dumps({"gold": "5", "text": "5"})
     file.write_bytes(f"{good}\n{good}\n{line}\n{good}\n".encode(errors="surrogateescape"))
     assert re.search(r"\b3\b", refused("--file", str(file)))
 
 
-def test_a_mistake_on_the_command_line_is_one_sentence_and_status_2(tmp_path):
+def test_a_mistake_on_the_command_line_is_one_sentence_and_status_2(tmp_path, refused):
     assert "text" in refused("5").lower()
     assert refused() and "nowhere.jsonl" in refused("--file", str(tmp_path / "nowhere.jsonl"))
     assert refused("--file", str(tmp_path))  # a folder
