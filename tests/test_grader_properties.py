@@ -22,7 +22,7 @@ import sympy as sp
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from grader import grade
 
-DRAWS = 10  # of each kind
+DRAWS = 7  # of each kind
 LETTERS = ("x", "t", "n", "z", "xy", "ab", "nk")  # of one expression; no two spell a word, a constant or a unit
 
 # ------------------------------------------------------------------------------------------------ random expressions
