@@ -47,8 +47,8 @@ def argv(tmp_path_factory) -> list[str]:
     return arguments(tmp_path_factory.mktemp("distributed"))
 
 
-def arguments(folder: Path) -> list[str]:
-    toy_model(toy_tokenizer(), seed=0, hidden=32, layers=2, heads=2).save_pretrained(folder / "lm")
+def arguments(folder: Path, layers: int = 2) -> list[str]:
+    toy_model(toy_tokenizer(), seed=0, hidden=32, layers=layers, heads=2).save_pretrained(folder / "lm")
     toy_tokenizer().save_pretrained(folder / "lm")
     rows = [json.dumps(vars(p)) for p in toy_problems("train", 60)]
     (folder / "problems.jsonl").write_text("\n".join(rows))
@@ -277,7 +277,8 @@ def test_every_question_has_one_rank_and_the_shares_are_equally_long(world):
 def kill_at_random(argv: list[str], kills: int, seed: int = 0) -> tuple[int, int]:
     """Kill runs at random moments, from the preparation to the export, and resume each until it is complete and equal to
     one that was let be. Returns how many kills hit and how many runs were completed."""
-    argv, rng, hits, completed = [*argv, "--questions", "4", "--minibatches", "1"], random.Random(seed), 0, 0
+    small = "--questions 4 --minibatches 1 --eval-problems 2 --label-problems 8".split()
+    argv, rng, hits, completed = [*argv, *small], random.Random(seed), 0, 0
     attempt(argv, "whole", None)
     began = time.monotonic()
     attempt(argv, "timed", None)
@@ -313,8 +314,8 @@ def attempt(argv: list[str], name: str, seconds: float | None) -> bool:
     return False
 
 
-def test_a_run_killed_at_20_random_moments_ends_as_if_it_had_not_been(argv, tmp_path):
-    hits, completed = kill_at_random([*argv, "--runs-dir", str(tmp_path)], 20)
+def test_a_run_killed_at_20_random_moments_ends_as_if_it_had_not_been(tmp_path):
+    hits, completed = kill_at_random(arguments(tmp_path, layers=1), 20)
     assert hits == 20 and completed >= 2
 
 
