@@ -15,12 +15,15 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.run as torchrun
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
@@ -168,16 +171,32 @@ def assert_close(got: Path, want: Path, argv: list[str]):
     assert furthest(weights(got), weights(want)) < 1e-5 < 1e-3 < furthest(weights(want), before)
 
 
-@pytest.mark.parametrize("world, on_a_node", [(2, 2), (4, 4), (4, 2)])
-def test_every_world_ends_with_the_metrics_and_weights_of_one_process(world, on_a_node, argv, alone):
-    """Three iterations in float32; also of two nodes with two processes each, which hold the model once a node."""
-    name = f"{world}-{on_a_node}"
-    run(world, argv, name, LOCAL_WORLD_SIZE=str(on_a_node))
-    assert_close(folder_of(argv, name), alone, argv)
+@pytest.mark.parametrize("world, nodes, iterations", [(2, [2], "3"), (4, [4, 2], "2")])
+def test_every_world_ends_with_the_metrics_and_weights_of_one_process(world, nodes, iterations, argv, alone, tmp_path):
+    """In float32; also of two nodes with two processes each, which hold the model once a node. The four processes are
+    started once for both."""
+    want = alone if iterations == "3" else in_this_process(argv, "alone-2", "--iterations", iterations)
+    names = [f"{world}-{on_a_node}" for on_a_node in nodes]
+
+    def main():
+        for on_a_node, name in zip(nodes, names):
+            os.environ["LOCAL_WORLD_SIZE"] = str(on_a_node)
+            model.gpus.cache_clear()
+            trainer([*argv, "--name", name, "--iterations", iterations, "--save-every", "0"])()
+
+    codes, printed = finish(start(world, main, tmp_path / "log"), tmp_path / "log")
+    assert codes == [0] * world, printed
+    for name in names:
+        assert_close(folder_of(argv, name), want, argv)
 
 
 def test_two_processes_make_the_labels_and_the_reward_model_of_one(argv, alone, tmp_path):
-    run(2, [*argv, "--iterations", "1", "--runs-dir", str(tmp_path)], "a")
+    def main():
+        rank, world, device = start_processes()
+        o, _ = train.parse([*argv, "--runs-dir", str(tmp_path)])
+        train.prepare(o, train.load_data(o)[0], rank, world, device)
+
+    both_succeed(main, tmp_path / "log")
     for stage, file in (("labels", "labels.jsonl"), ("prm", "model.safetensors")):
         one, two = (next(cache.glob(f"{stage}-*")) / file for cache in (alone.parent / "cache", tmp_path / "cache"))
         if stage == "labels":
@@ -186,12 +205,19 @@ def test_two_processes_make_the_labels_and_the_reward_model_of_one(argv, alone, 
             assert furthest(load_file(one), load_file(two)) < 1e-5
 
 
-def test_a_sharded_run_resumes_bit_equal_in_its_world_and_close_in_another(argv, alone):
+@pytest.fixture(scope="module")
+def halfway(argv, alone) -> Path:
+    """The run of two processes, ended after two of the three iterations."""
+    run(2, argv, "halfway", "--iterations", "2", "--save-every", "0")
+    return folder_of(argv, "halfway")
+
+
+def test_a_sharded_run_resumes_bit_equal_in_its_world_and_close_in_another(argv, alone, halfway):
     whole, same, other = (folder_of(argv, name) for name in ("2-2", "same", "other"))
     if not whole.exists():  # the test above has made it
         run(2, argv, "2-2")
-    run(2, argv, "same", "--iterations", "2")
-    shutil.copytree(same, other)
+    shutil.copytree(halfway, same)
+    shutil.copytree(halfway, other)
     run(2, argv, "same", "--resume")
     run(1, argv, "other", "--resume")
     assert_bit_equal(same, whole)
@@ -320,33 +346,41 @@ def test_a_run_killed_at_20_random_moments_ends_as_if_it_had_not_been(tmp_path):
 
 
 def test_torchrun_restarts_a_run_whose_rank_was_killed(argv, alone, tmp_path):
-    """Through torchrun itself, with the default name. A rank is killed in the second iteration of the first try."""
-    script = tmp_path / "killed_once.py"
-    script.write_text(
-        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import train\n"
-        "iteration = train.Trainer.iteration\n"
-        "def killed(self, i):\n"
-        "    if i == 3 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and self.rank == 1:\n"
-        "        os.kill(os.getpid(), 9)\n"
-        "    return iteration(self, i)\n"
-        "train.Trainer.iteration = killed\n"
-        "train.main()\n"
-    )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1"]
-    done = subprocess.run(
-        [*launch, str(script), *argv], env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=150
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    """Through torchrun itself, with the default name. A rank is killed in the third iteration of the first try, which is
+    forked; the second try is train.py in interpreters of its own, to their end."""
+    iteration = train.Trainer.iteration
+
+    class Killed(train.Trainer):
+        def iteration(self, i):
+            if i == 3 and self.rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return iteration(self, i)
+
+    def rank(*command):
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            trainer(argv, Trainer=Killed, watching=partial(watching, every=0.2))()
+        else:
+            subprocess.run([sys.executable, str(ROOT / "train.py"), *argv], check=True, timeout=90)
+
+    def main():
+        launch = torchrun.elastic_launch
+        torchrun.elastic_launch = lambda config, entrypoint: launch(replace(config, start_method="fork"), rank)
+        torchrun.main(["--standalone", "--nproc_per_node", "2", "--max-restarts", "1", "train.py"])
+
+    log = tmp_path / "log"
+    codes, printed = finish(start(1, main, log, OMP_NUM_THREADS="1"), log, timeout=150)
+    assert codes == [0], printed
     folder = folder_of(argv, "run-delta-s0")
     assert_close(folder, alone, argv)
     assert not folder.with_name("run-delta-s0-2").exists()
-    assert "initial" not in done.stderr
+    assert "initial" not in printed
 
 
-def test_ranks_that_count_restarts_differently_all_resume(argv, alone, tmp_path):
+def test_ranks_that_count_restarts_differently_all_resume(argv, alone, halfway, tmp_path):
     """As on two nodes, of which torchrun restarts one for the failure of the other, and does not count that."""
     argv = [*argv, "--runs-dir", str(tmp_path)]
-    run(2, argv, "run-delta-s0", "--iterations", "2")
+    shutil.copytree(halfway, tmp_path / "run-delta-s0")
+    (tmp_path / "cache").symlink_to(halfway.parent / "cache")
 
     def main():
         os.environ["TORCHELASTIC_RESTART_COUNT"] = os.environ["RANK"]
@@ -364,6 +398,8 @@ def test_when_a_rank_dies_or_hangs_the_others_stop_with_its_name(how, words, tmp
             for i in range(10**9):
                 dist.all_reduce(torch.zeros(1))
                 time.sleep(0.05)
+                if i == 10:  # each has been heard of
+                    (tmp_path / f"ready{rank}").touch()
 
     processes = start(3, main, tmp_path / "log")
     while len(list(tmp_path.glob("ready*"))) < 3 and all(p.is_alive() for p in processes):
@@ -399,8 +435,6 @@ def test_a_mistake_of_rank_0_is_everyones(tmp_path):
     def main():
         rank, _, _ = start_processes()
         assert on_rank_0(lambda: os.getpid()) == on_rank_0(lambda: os.getpid())
-                if i == 10:  # each has been heard of
-                    (tmp_path / f"ready{rank}").touch()
         assert (on_rank_0(lambda: 7, share=False) == 7) == (rank == 0)
 
         def fail():
