@@ -1,4 +1,5 @@
 import functools
+import gc
 import logging
 import sys
 from pathlib import Path
@@ -12,6 +13,10 @@ logging.disable(logging.DEBUG)  # torch tells of each tensor of a checkpoint twi
 import data  # noqa: E402
 
 data.toy_problems = functools.cache(data.toy_problems)  # dozens of runs begin with the same 20,000
+
+
+def pytest_collection_finish():
+    gc.freeze()  # each full collection would look at all that is imported, and a run makes one itself
 
 
 def pytest_configure(config):
