@@ -38,7 +38,7 @@ from rollout import Batch
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks")
 SHORT = (
-    "--prompt {question} --questions 8 --samples 2 --iterations 3 --minibatches 2 --max-new-tokens 16 "
+    "--prompt {question} --questions 8 --samples 2 --iterations 3 --minibatches 2 --max-new-tokens 12 "
     "--eval-problems 4 --eval-every 2 --save-every 1 --token-budget 100 --lr 1e-3 --critic-lr 1e-3 --label-problems 24 "
     "--completions 2 --rm-epochs 1 --rm-lr 1e-3 --lr-warmup 1 --reward delta --alpha 1"
 ).split()
@@ -171,18 +171,18 @@ def assert_close(got: Path, want: Path, argv: list[str]):
     assert furthest(weights(got), weights(want)) < 1e-5 < 1e-3 < furthest(weights(want), before)
 
 
-@pytest.mark.parametrize("world, nodes, iterations", [(2, [2], "3"), (4, [4, 2], "2")])
-def test_every_world_ends_with_the_metrics_and_weights_of_one_process(world, nodes, iterations, argv, alone, tmp_path):
+@pytest.mark.parametrize("world, nodes, more", [(2, [2], ""), (4, [4, 2], "--iterations 2 --eval-problems 2")])
+def test_every_world_ends_with_the_metrics_and_weights_of_one_process(world, nodes, more, argv, alone, tmp_path):
     """In float32; also of two nodes with two processes each, which hold the model once a node. The four processes are
     started once for both."""
-    want = alone if iterations == "3" else in_this_process(argv, "alone-2", "--iterations", iterations)
+    want = in_this_process(argv, f"alone-{world}", *more.split()) if more else alone
     names = [f"{world}-{on_a_node}" for on_a_node in nodes]
 
     def main():
         for on_a_node, name in zip(nodes, names):
             os.environ["LOCAL_WORLD_SIZE"] = str(on_a_node)
             model.gpus.cache_clear()
-            trainer([*argv, "--name", name, "--iterations", iterations, "--save-every", "0"])()
+            trainer([*argv, "--name", name, *more.split(), "--save-every", "0"])()
 
     codes, printed = finish(start(world, main, tmp_path / "log"), tmp_path / "log")
     assert codes == [0] * world, printed

@@ -138,7 +138,7 @@ def test_a_plan_that_cannot_be_made_says_why(argv, words, monkeypatch, capsys):
 def test_a_real_iteration_takes_what_is_predicted(tmp_path):
     """Peak memory of sampling, scoring and update of a model of 3 million parameters in float32, within 10 %."""
     # freed blocks go back at once, or fragments would count
-    env = {"MALLOC_MMAP_THRESHOLD_": "65536", "MKL_DISABLE_FAST_MM": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env = {"MALLOC_MMAP_THRESHOLD_": "131072", "MKL_DISABLE_FAST_MM": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(Path(__file__)), str(tmp_path)]
     result = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
