@@ -40,7 +40,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks")
 SHORT = (
     "--prompt {question} --questions 8 --samples 2 --iterations 3 --minibatches 2 --max-new-tokens 12 "
     "--eval-problems 4 --eval-every 2 --save-every 1 --token-budget 100 --lr 1e-3 --critic-lr 1e-3 --label-problems 24 "
-    "--completions 2 --rm-epochs 1 --rm-lr 1e-3 --lr-warmup 1 --reward delta --alpha 1"
+    "--keep 2 --completions 2 --rm-epochs 1 --rm-lr 1e-3 --lr-warmup 1 --reward delta --alpha 1"
 ).split()
 
 
@@ -477,8 +477,7 @@ def test_a_signal_lets_the_iteration_end_saves_it_and_says_so(world, number, arg
     assert codes == ([-number] if world == 1 else [0, 0]), printed  # alone it dies of the signal, as a shell expects
     assert f"stopped by {number.name} after iteration 2, saved" in printed and "Traceback" not in printed
     assert [row["iteration"] for row in metrics(folder_of(argv, name))] == [0, 1, 2]
-    run(world, argv, name, "--save-every", "0", "--resume")
-    assert_close(folder_of(argv, name), alone, argv)
+    assert_close(in_this_process(argv, name, "--save-every", "0", "--resume"), alone, argv)
 
 
 def test_a_second_signal_leaves_at_once(argv):
@@ -524,12 +523,11 @@ def in_this_process(argv: list[str], name: str, *more: str) -> Path:
     return folder
 
 
-def test_the_last_checkpoints_are_kept_and_hold_what_resuming_needs(argv):
-    folder = in_this_process(argv, "kept", "--iterations", "4", "--keep", "2")
-    assert [p.name for p in train.checkpoints(folder)] == ["checkpoint-000003", "checkpoint-000004"]
-    assert not list(folder.glob("*.new")) and not list(folder.glob("*.old"))
-    manifest = json.loads((folder / "checkpoint-000004" / "manifest.json").read_text())
-    assert manifest["iteration"] == 4 and manifest["world"] == 1 and len(manifest["rng"]) == 1
+def test_the_last_checkpoints_are_kept_and_hold_what_resuming_needs(alone):
+    assert [p.name for p in train.checkpoints(alone)] == ["checkpoint-000002", "checkpoint-000003"]
+    assert not list(alone.glob("*.new")) and not list(alone.glob("*.old"))
+    manifest = json.loads((alone / "checkpoint-000003" / "manifest.json").read_text())
+    assert manifest["iteration"] == 3 and manifest["world"] == 1 and len(manifest["rng"]) == 1
     assert {"policy", "reward model", "problems"} == manifest["sources"].keys()
 
 
