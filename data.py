@@ -13,12 +13,15 @@ number the operations:
                f00+2=02
                ####02         the answer, in GSM8K's notation, then <eos>
 
-Left out: mixtures of data sets, deduplication of training against evaluation questions.
+Several data sets make a mixture: `"mathinstruct=3,gsm8k=1"`. Training questions that an evaluation asks too are dropped.
 
-Run `python data.py toy` (or gsm8k, math, mathinstruct, FILE.jsonl) to see a few problems as the policy sees them.
+Left out: near duplicates in other words, answers that are checked by running code.
+
+Run `python data.py toy` (or gsm8k, math, math-500, mathinstruct, FILE.jsonl) to see a few problems.
 """
 
 import json
+import math
 import os
 import random
 import re
@@ -26,7 +29,8 @@ import signal
 import sys
 import time
 import zlib
-from dataclasses import dataclass, field
+from bisect import bisect_left
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -66,6 +70,9 @@ class TextOptions:
 class Problem:
     question: str
     answer: str  # the gold answer, or a reference solution that ends in it
+    subject: str = ""  # where the data set says so, as MATH does
+    level: str = ""
+    source: str = ""  # the data set that it is from, in a mixture
 
 
 # ------------------------------------------------------------------------------------------------ the embedded world
@@ -156,27 +163,22 @@ def toy_tokenizer():
 HUB = {  # name -> (hub name, configuration)
     "gsm8k": ("openai/gsm8k", "main"),
     "math": ("DigitalLearningGmbH/MATH-lighteval", None),
+    "math-500": ("HuggingFaceH4/MATH-500", None),
     "mathinstruct": ("TIGER-Lab/MathInstruct", None),
 }
+ONLY = {"math-500": "test", "mathinstruct": "train"}  # the only split that they have
 FIELDS = (("question", "answer"), ("problem", "answer"), ("problem", "solution"), ("instruction", "output"))
 
 
 def load_problems(name: str, split: str = "train", limit: int | None = None) -> list[Problem]:
-    """Problems by name: `toy`, `gsm8k`, `math`, `mathinstruct`, a JSONL file, or any data set of the hub with the
-    fields (question, answer), (problem, answer | solution) or (instruction, output).
+    """Problems by name: `toy`, `gsm8k`, `math`, `math-500`, `mathinstruct`, or whatever `read_rows` reads, with the fields
+    (question, answer), (problem, answer | solution) or (instruction, output).
 
-    Raises UserError if there is no such file or data set, a line is malformed, or nothing is left."""
+    Raises UserError if there is no such file or data set, a row is malformed, or nothing is left."""
     if name == "toy":
         return toy_problems(split, limit or (20_000 if split == "train" else 1000))
-    path = Path(name)
-    if path.is_file():
-        rows = read_jsonl(path)
-    elif path.suffix in (".jsonl", ".json") or path.exists():
-        raise UserError(f"{name}: no such JSONL file")
-    else:
-        rows = ((f"{name} row {i}", row) for i, row in enumerate(load_hub(name, split), 1))
     problems = []
-    for where, row in rows:
+    for where, row in read_rows(name, split):
         # MathInstruct's "program of thought" half answers in Python, which nothing here runs.
         if isinstance(row, dict) and str(row.get("source", "")).startswith("data/PoT"):
             continue
@@ -186,6 +188,85 @@ def load_problems(name: str, split: str = "train", limit: int | None = None) -> 
     if not problems:
         raise UserError(f"{name}: holds no problems")
     return problems
+
+
+def mixture(names: str) -> dict[str, float | None]:
+    """`"math=2,gsm8k"` -> {"math": 2.0, "gsm8k": None}. Raises UserError for a weight that is no positive number."""
+    if Path(names).exists():
+        return {names: None}
+    weights = {}
+    for part in names.split(","):
+        name, equals, weight = part.strip().rpartition("=") if "=" in part else (part.strip(), "", "")
+        try:
+            weights[name] = float(weight) if equals else None
+        except ValueError:
+            raise UserError(f"{names}: the weight {weight!r} is not a number; write NAME=WEIGHT,NAME=WEIGHT") from None
+        if not name or equals and not 0 < weights[name] < float("inf"):
+            raise UserError(f"{names}: every data set needs a name, and a weight, if it has one, above 0")
+    return weights
+
+
+def load_mixture(names: str, split: str, limit: int | None = None) -> tuple[list[Problem], list[tuple[int, float]]]:
+    """The problems of one or several data sets, one after the other, at most `limit` of each; and of each data set how many
+    there are, and its weight: how many there are, where none was given."""
+    problems, sizes = [], []
+    for name, weight in mixture(names).items():
+        found = [replace(p, source=name) for p in load_problems(name, split, limit)]
+        problems += found
+        sizes.append((len(found), weight or len(found)))
+    return problems, sizes
+
+
+def normalised(question: str) -> str:
+    """A question without case, spacing, dollar signs, quotes, and stops and commas that are not within a number: little
+    enough that 2+3 and 2-3, 1.5 and 15, x^{12} and x^12 stay different questions."""
+    text = re.sub(r"\\(?:left|right|displaystyle|[,;:! ])", "", question.replace("\\dfrac", "\\frac"))
+    return re.sub(r"""[\s$~?;:'"`‘’“”]|(?<!\d)[.,]|[.,](?!\d)""", "", text).casefold()
+
+
+def drop_known(problems: list[Problem], known: list[Problem]) -> tuple[list[Problem], int, int]:
+    """Those whose question is not among the known ones; how many were dropped that are equal to the letter, and how many
+    more that are equal when `normalised`."""
+    exact, alike = {p.question for p in known}, {normalised(p.question) for p in known}
+    other = [p for p in problems if p.question not in exact]
+    kept = [p for p in other if normalised(p.question) not in alike]
+    return kept, len(problems) - len(other), len(other) - len(kept)
+
+
+def read_rows(name: str, split: str):
+    """Yields (where, row) of a JSONL, JSON or Parquet file, or of a split of a data set: a folder with the files of one, as
+    the hub keeps them, or a hub name. Raises UserError if there is none, or it cannot be read."""
+    path = Path(name)
+    local = path.suffix in (".jsonl", ".json", ".parquet") or path.is_absolute() or name.startswith(".")
+    if local and not path.exists():
+        raise UserError(f"{name}: no such file")
+    if path.suffix == ".parquet":
+        from pyarrow import ArrowException, parquet  # which datasets needs
+
+        try:
+            rows = parquet.read_table(path).to_pylist()
+        except ArrowException as error:
+            raise UserError(f"{name}: cannot be read as Parquet ({str(error).splitlines()[0]})") from None
+    elif path.is_file():
+        yield from read_array(path) if path.suffix == ".json" else read_jsonl(path)
+        return
+    else:
+        rows = load_hub(name, split)
+    yield from ((f"{name} row {i}", row) for i, row in enumerate(rows, 1))
+
+
+def read_array(path: Path):
+    """A .json file: one array, as MathInstruct has it, or in truth JSONL."""
+    with open(path, encoding="utf-8") as file:
+        if not file.read(64).lstrip().startswith("["):
+            yield from read_jsonl(path)
+            return
+        file.seek(0)
+        try:
+            rows = json.load(file)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: not JSON ({error})") from None
+    yield from ((f"{path} row {i}", row) for i, row in enumerate(rows, 1))
 
 
 def read_jsonl(path: Path):
@@ -207,7 +288,8 @@ def to_problem(row: dict, where: str) -> Problem:
     for q, a in FIELDS:
         if isinstance(row, dict) and q in row and a in row:
             if isinstance(row[q], str) and isinstance(row[a], str | int | float) and row[q].strip() and str(row[a]).strip():
-                return Problem(row[q], str(row[a]))
+                subject, level = row.get("type") or row.get("subject") or "", str(row.get("level") or "")
+                return Problem(row[q], str(row[a]), str(subject), level.removeprefix("Level "))
             raise UserError(f"{where}: {q} and {a} must be text that is not empty")
     raise UserError(f"{where}: needs the fields (question, answer) or (problem, solution | answer)")
 
@@ -216,13 +298,14 @@ def load_hub(name: str, split: str):
     import datasets
 
     path, config = HUB.get(name, (name, None))
-    if name == "mathinstruct" and split != "train":
-        raise UserError("mathinstruct has no test split: evaluate on math or gsm8k")
+    if ONLY.get(name, split) != split:
+        raise UserError(f"{name} has no {split} split, choose another data set")
     try:
         return datasets.load_dataset(path, config, split=split)
     except Exception as error:  # the hub's client raises many kinds; all mean the same to the user
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"cannot load the data set {path} ({reason}); give a local JSONL file instead") from None
+        mend = "give a local copy instead: a .jsonl, .json or .parquet file, or a folder of them"
+        raise UserError(f"cannot load the data set {path} ({reason}); {mend}") from None
 
 
 # ------------------------------------------------------------------------------------------------ prompts and steps
@@ -292,21 +375,57 @@ def token_text(tokenizer, i: int) -> str:
     return decode(tokenizer, [i])
 
 
-def step_ends(tokenizer, ids: list[int], separator: str, truncated: bool) -> list[int]:
-    """Index of the last token of each step of a response (K,), strictly increasing.
+def find_steps(tokenizer, ids: list[int], separator: str, truncated: bool) -> tuple[str, list[int], list[int]]:
+    """The text of a response, and of each of its K steps the end in characters and the index of its last token; both
+    strictly increasing.
 
     A step's last token is the one that holds its last character; tokens and steps need not align, so one token may end
     two steps, which then count as one. The last step of a finished response ends at its last token (EOS)."""
     text, ends = token_ends(tokenizer, ids)
-    steps, t = [], 0
-    for end in split_steps(text, separator, finished=not truncated):
-        while t < len(ids) - 1 and ends[t] < end:
+    cuts, steps, t = [], [], 0
+    for cut in split_steps(text, separator, finished=not truncated):
+        while t < len(ids) - 1 and ends[t] < cut:
             t += 1
-        if not steps or steps[-1] < t:
+        if steps and steps[-1] == t:
+            cuts[-1] = cut
+        else:
+            cuts.append(cut)
             steps.append(t)
     if steps and not truncated:
         steps[-1] = len(ids) - 1
-    return steps
+    return text, cuts, steps
+
+
+def encode_steps(tokenizer, text: str, cuts: list[int], add_special_tokens: bool = False) -> tuple[list[int], list[int]]:
+    """A text in the ids of whatever tokenizer, and for each character offset in `cuts` the index of the token that holds
+    the character before it: tokenizers differ, characters do not."""
+    encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
+    starts = [start for start, _ in encoded["offset_mapping"]]
+    return encoded["input_ids"], [max(bisect_left(starts, cut) - 1, 0) for cut in cuts]
+
+
+def write(path: Path, text: str) -> None:
+    """Beside and moved into place: whoever is killed here leaves the old file or the new one."""
+    new = path.with_name(path.name + ".new")
+    with open(new, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
+
+
+def append(path: Path, rows: list[dict]) -> None:
+    """All rows as lines of JSON, or none if the disk is full. Numbers that are not finite become null, which JSON knows."""
+    clean = lambda x: None if isinstance(x, float) and not math.isfinite(x) else x
+    left = "".join(json.dumps({k: clean(v) for k, v in row.items()}) + "\n" for row in rows).encode()
+    with open(path, "ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            while left:  # a full disk takes a part, and complains at the next
+                left = left[file.write(left) :]
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def run_script(main) -> None:

@@ -1,30 +1,40 @@
-"""Evaluation: greedy, sampled, pass@k, majority vote, best-of-N and weighted votes; runs side by side.
+"""Evaluation: greedy, sampled, pass@k, majority vote, best-of-N and weighted votes; of reward models too; runs compared.
 
-    python eval.py --model runs/NAME --n 16 --prm DIR     # one model: a run, a folder or a hub name
-    python eval.py --model DIR --data FILE.jsonl
+    python eval.py --model runs/NAME --n 16 --prm DIR                         # one model: a run, a folder or a hub name
+    python eval.py --model DIR --data math,gsm8k,FILE.jsonl --n 64 --prm Qwen/Qwen2.5-Math-PRM-7B
+    python eval.py --prm DIR --processbench gsm8k,math                        # the first wrong step
+    python eval.py --prm DIR --orm DIR --pairs FILE.jsonl                     # chosen against rejected
     python eval.py --runs runs/A runs/B --figure curves.png
 
-`accuracy` is given with a 95 % interval over problems, the unit that was drawn. pass@k is the unbiased estimate
-1 - C(n-c, k) / C(n, k) of c right answers among n (arXiv 2107.03374). Votes count answers that the grader holds equal as
-one; a weighted vote adds up the reward model's scores instead of counting. A PRM's step scores are reduced to one number
-by their last, minimum, mean or product. A truncated answer is wrong and has no vote.
+Figures come with 95 % intervals by bootstrap over problems, the unit that was drawn. pass@k is the unbiased estimate
+1 - C(n-c, k) / C(n, k) of c right answers among n (arXiv 2107.03374); votes and best-of-k are means over the n / k groups
+of k answers. Votes count answers that the grader holds equal as one; a weighted vote adds up the reward model's scores
+instead of counting. A PRM's step scores are reduced to one number by their last, minimum, mean or product. A truncated
+answer is wrong and has no vote. Answers and scores are written as they come, and the same command goes on from them.
 
-Left out: intervals by bootstrap, results by subject and level, ProcessBench.
+Left out: few-shot prompts, tools, reward models that do not fit one GPU.
 """
 
+import hashlib
 import json
 import math
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import HfArgumentParser
 
 import prm
-from data import Problem, TextOptions, UserError, decode, encode_prompts, load_problems, option, run_script, step_ends
+from data import (
+    Problem, TextOptions, UserError, encode_prompts, find_steps, load_hub, load_problems, mixture, option, read_rows,
+    run_script, split_steps, write,
+)  # fmt: skip
 from grader import extract, grade, verdict
-from model import ScalarModel, eos_ids, gather, load_causal_lm, load_tokenizer, start_processes, watching
+from model import DTYPES, eos_ids, gather, load_causal_lm, load_tokenizer, on_rank_0, start_processes, watching
+from prm import FORMATS
 from rollout import Sample, as_sampler, rollout
 
 # ------------------------------------------------------------------------------------------------ answers
@@ -35,34 +45,39 @@ def judge(tokenizer, problems: list[Problem], samples: list[list[Sample]], separ
     rows = []
     for problem, group in zip(problems, samples):
         for s in group:
-            text, ends = decode(tokenizer, s.ids), step_ends(tokenizer, s.ids, separator, s.truncated)
+            text, cuts, ends = find_steps(tokenizer, s.ids, separator, s.truncated)
             steps = [step.strip() for step in text.split(separator) if step.strip()]
             kind = "truncated" if s.truncated else verdict(problem.answer, text).kind
             rows.append({
                 "question": problem.question, "response": text, "gold": problem.answer,
-                "verdict": kind, "correct": kind == "match", "truncated": s.truncated,
-                "steps": len(ends), "tokens": len(s.ids), "repeats": len(steps) - len(set(steps)), "ends": ends,
+                "verdict": kind, "correct": kind == "match", "truncated": s.truncated, "steps": len(ends),
+                "tokens": len(s.ids), "repeats": len(steps) - len(set(steps)), "cuts": cuts, "ends": ends, "ids": s.ids,
             })  # fmt: skip
     return rows
 
 
-def evaluate(
-    model, tokenizer, problems: list[Problem], prompt: str, separator: str, *, max_new_tokens: int,
-    max_prompt_tokens: int = 1 << 30, temperature: float = 1.0, n: int = 1, slots: int = 256, seed: int = 0,
-    rank: int = 0, world: int = 1, progress: str = "",
-) -> tuple[dict, list[dict]]:  # fmt: skip
-    """Summary over all problems, and the answers: n for each problem, in order. model: a causal LM or a Sampler of one.
-    temperature 0 is greedy."""
-    sampler, mine = as_sampler(model), range(rank, len(problems), world)
-    prompts = encode_prompts(tokenizer, [problems[i] for i in mine], prompt, max_prompt_tokens) if mine else []
+def answer(
+    model, tokenizer, problems: list[Problem], indices, prompt: str, separator: str, *, max_new_tokens: int,
+    max_prompt_tokens: int = 1 << 30, temperature: float = 1.0, n: int = 1, slots: int = 256, seed: int = 0, progress="",
+) -> list[dict]:  # fmt: skip
+    """n answers to each of the problems with these indices, in order. model: a causal LM or a Sampler of one."""
+    sampler, chosen = as_sampler(model), [problems[i] for i in indices]
+    prompts = encode_prompts(tokenizer, chosen, prompt, max_prompt_tokens) if chosen else []
     samples = rollout(
         sampler, prompts, n, max_new_tokens=max_new_tokens, eos_ids=eos_ids(sampler.model, tokenizer),
-        temperature=temperature, slots=slots, seeds=[seed * 1_000_003 + i for i in mine],
-        progress=progress if rank == 0 else "",
+        temperature=temperature, slots=slots, seeds=[seed * 1_000_003 + i for i in indices], progress=progress,
     )  # fmt: skip
-    rows = judge(tokenizer, [problems[i] for i in mine], samples, separator)
-    for k, row in enumerate(rows):
-        row |= {"index": mine[k // n], "ids": samples[k // n][k % n].ids}
+    rows = judge(tokenizer, chosen, samples, separator)
+    return [{"index": indices[k // n], **row} for k, row in enumerate(rows)]
+
+
+def evaluate(
+    model, tokenizer, problems: list[Problem], prompt: str, separator: str, *, n: int = 1, rank: int = 0, world: int = 1,
+    progress: str = "", **more,
+) -> tuple[dict, list[dict]]:  # fmt: skip
+    """Summary over all problems, and the answers: n for each problem, in order; `more` as for `answer`."""
+    mine = range(rank, len(problems), world)
+    rows = answer(model, tokenizer, problems, mine, prompt, separator, n=n, progress="" if rank else progress, **more)
     rows = sorted(gather(rows), key=lambda row: row["index"])
     return summarise(rows, n), rows
 
@@ -76,61 +91,229 @@ def summarise(rows: list[dict], n: int) -> dict:
     return result
 
 
+# ------------------------------------------------------------------------------------------------ choosing among answers
+
+
 def pass_at_k(n: int, correct: int, k: int) -> float:
     """Probability that k of the n answers, drawn without replacement, hold a right one."""
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def vote(answers: list[str | None], weights: list[float]) -> str | None:
-    """The answer with the largest sum of weights; answers that the grader holds equal are one, the first such spelling."""
+def same_answers(answers: list[str | None]) -> list[int | None]:
+    """For each answer the place of the first one that the grader holds equal to it; None where there is no answer."""
+    firsts, out = {}, []
+    for i, text in enumerate(answers):
+        if text is None:
+            out.append(None)
+            continue
+        if text not in firsts:
+            firsts[text] = next((place for other, place in firsts.items() if grade(other, text)), i)
+        out.append(firsts[text])
+    return out
+
+
+def vote(votes: list[int | None], weights: list[float]) -> int | None:
+    """The candidate with the largest sum of weights, the first of equal ones."""
     total = defaultdict(float)
-    for answer, weight in zip(answers, weights):
-        if answer is not None:
-            total[next((a for a in total if a == answer or grade(a, answer)), answer)] += weight
+    for candidate, weight in zip(votes, weights):
+        if candidate is not None:
+            total[candidate] += weight
     return max(total, key=total.get) if total else None
 
 
 AGGREGATES = {"last": lambda s: s[-1], "min": min, "mean": lambda s: sum(s) / len(s), "product": math.prod}
 
 
-def choose(rows: list[dict], n: int, weights: list[float], how: str) -> float:
-    """Accuracy when one of the n answers of each problem is chosen, by "best" or by "vote"."""
-    right = 0
-    for start in range(0, len(rows), n):
-        group, w = rows[start : start + n], weights[start : start + n]
-        if how == "best":
-            right += group[max(range(n), key=lambda j: w[j])]["correct"]
-        else:
-            answers = [None if row["truncated"] else extract(row["response"]) for row in group]
-            chosen = vote(answers, w)
-            right += any(row["correct"] for row, a in zip(group, answers) if a is not None and a == chosen)
-    return right / (len(rows) // n)
+def best_of(correct: list[bool], weights: list[float], k: int) -> float:
+    """Share of the groups of k answers to one problem in which the one of the largest weight is right."""
+    groups = range(0, len(correct) // k * k, k)
+    return sum(correct[max(range(i, i + k), key=lambda j: weights[j])] for i in groups) / len(groups)
 
 
-def best_of_n(rows: list[dict], n: int, kind: str, model: ScalarModel, tokenizer, prompt: str) -> dict[str, float]:
-    """best-of-n and weighted vote by an ORM ("orm"), or by each aggregate of a PRM's step scores ("prm")."""
-    batch = prm.to_batch(rows, tokenizer, prompt)
-    plan, device = batch.plan(list(range(len(rows))), 16384), model.lm.device
+def voted(correct: list[bool], votes: list[int | None], weights: list[float], k: int) -> float:
+    """Share of the groups of k answers to one problem in which the candidate that is voted for is right."""
+    groups, right = range(0, len(correct) // k * k, k), 0
+    for i in groups:
+        chosen = vote(votes[i : i + k], weights[i : i + k])
+        right += any(c for c, v in zip(correct[i : i + k], votes[i : i + k]) if v == chosen and v is not None)
+    return right / len(groups)
+
+
+def measures(greedy: list[dict], rows: list[dict], n: int, weights: dict[str, list[list[float]]]) -> dict[str, Tensor]:
+    """Each figure as its value for every problem (P,): greedy and sampled accuracy; of k = 1, 2, 4, ... n answers pass@k,
+    majority, and best-of-k and weighted vote by each way of weighing: the n weights of every problem."""
+    groups = [rows[i : i + n] for i in range(0, len(rows), n)]
+    correct = [[row["correct"] for row in group] for group in groups]
+    out = {"greedy accuracy": [float(row["correct"]) for row in greedy], "sampled accuracy": [sum(c) / n for c in correct]}
+    ks = sorted({2**e for e in range(20) if 2**e <= n} | {n}) if n > 1 else []
+    votes = [same_answers([None if r["truncated"] else extract(r["response"]) for r in g]) for g in groups] if ks else []
+    for k in ks:
+        out[f"pass@{k}"] = [pass_at_k(n, sum(c), k) for c in correct]
+    for k in ks[1:]:
+        out[f"majority of {k}"] = [voted(c, v, [1.0] * n, k) for c, v in zip(correct, votes)]
+    for way, by in weights.items():
+        for k in ks[1:]:
+            out[f"best of {k} by {way}"] = [best_of(c, w, k) for c, w in zip(correct, by)]
+            out[f"vote of {k} by {way}"] = [voted(c, v, w, k) for c, v, w in zip(correct, votes, by)]
+    return {name: torch.tensor(values, dtype=torch.float64) for name, values in out.items()}
+
+
+def bootstrap(values: Tensor, resamples: int = 1000, seed: int = 0) -> tuple[float, float, float]:
+    """Mean of the values (P,) and its 95 % interval over resampled problems."""
+    generator, P = torch.Generator().manual_seed(seed), len(values)
+    means = torch.stack([values[torch.randint(P, (P,), generator=generator)].mean() for _ in range(resamples)])
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
+    return values.mean().item(), low, high
+
+
+# ------------------------------------------------------------------------------------------------ reward models
+
+
+class Judge:
+    """A reward model that scores answers: rows with question, response, cuts, truncated."""
+
+    def __init__(self, o: "Options", kind: str, device):
+        self.kind, self.path, self.device = kind, getattr(o, kind), device
+        form = prm.find_format(self.path, o.prm_format if kind == "prm" else "")
+        if kind == "orm" and form != "own":
+            raise UserError(f"--orm {self.path}: a PRM; give it as --prm, whose last step is one of the ways to judge")
+        self.read = prm.Reader(self.path, form, o.prompt)
+        self.model = prm.load_reward_model(self.path, DTYPES[o.dtype], device, form)
+
+    def scores(self, rows: list[dict]) -> list[list[float]]:
+        """Of each answer the scores of its steps, or its outcome score alone."""
+        batch, ends = self.read(rows)
+        plan = batch.plan([i for i, ids in enumerate(batch.responses) if ids], 16384)
+        if self.kind == "orm":
+            return [[score] for score in prm.score_outcomes(self.model, batch, plan, self.device).tolist()]
+        places, mask = prm.pad_steps(ends)
+        return [s[m].tolist() for s, m in zip(prm.score_steps(self.model, batch, places, plan, self.device), mask)]
+
+
+def ways(kind: str, scores: list[list[float]]) -> dict[str, list[float]]:
+    """One number for each answer, in each way of reducing its scores. An answer without a step gets 0."""
     if kind == "orm":
-        weights = {"orm": prm.score_outcomes(model, batch, plan, device).tolist()}
-    else:
-        ends, mask = prm.pad_steps([row["ends"] for row in rows])
-        scores = prm.score_steps(model, batch, ends, plan, device)
-        steps = [s[m].tolist() or [0.0] for s, m in zip(scores, mask)]
-        weights = {f"prm {name}": [f(s) for s in steps] for name, f in AGGREGATES.items()}
-    names = {"best": f"best of {n} by", "vote": f"vote of {n} by"}
-    return {f"{names[how]} {by}": choose(rows, n, w, how) for by, w in weights.items() for how in names}
+        return {"ORM": [s[0] for s in scores]}
+    return {f"PRM {name}": [f(s) if s else 0.0 for s in scores] for name, f in AGGREGATES.items()}
+
+
+def first_wrong(scores: list[float], threshold: float) -> int:
+    """ProcessBench's prediction: index of the first step below the threshold, -1 if there is none."""
+    return next((k for k, score in enumerate(scores) if score < threshold), -1)
+
+
+def process_bench(name: str, judge: Judge, o: "Options", rank: int, world: int) -> dict[str, float]:
+    """First wrong step (arXiv 2412.06559): % found exactly among the solutions with one, % passed among those without, and
+    their harmonic mean F1. name: a split of Qwen/ProcessBench, or a file in its format."""
+    found = read_rows(name, "test") if Path(name).exists() else enumerate(load_hub("Qwen/ProcessBench", name), 1)
+    rows, labels = [], []
+    for where, row in found:
+        try:
+            text, steps, label = row["problem"], row["steps"], int(row["label"])
+            rows += prm.solution(text, steps, [0.0] * len(steps), finished=True, separator=o.separator)
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{where}: needs the fields problem, steps and label, as ProcessBench has them") from None
+        labels.append(label)
+    if len(rows) != len(labels):
+        raise UserError(f"{name}: holds no solutions, or some without steps")
+    mine = range(rank, len(rows), world)
+    guesses = [first_wrong(s, o.threshold) for s in judge.scores([rows[i] for i in mine])] if mine else []
+    guesses = dict(gather([*zip(mine, guesses)]))
+    hits = [guesses[i] == label for i, label in enumerate(labels)]
+    share = lambda wrong: [h for h, label in zip(hits, labels) if (label >= 0) == wrong]
+    wrong, right = (100 * sum(x) / max(len(x), 1) for x in (share(True), share(False)))
+    f1 = 2 * wrong * right / (wrong + right) if wrong + right else 0.0
+    return {"erroneous": wrong, "correct": right, "F1": f1, "solutions": len(hits)}
+
+
+def pairs_accuracy(name: str, judges: list[Judge], o: "Options", rank: int, world: int) -> dict[str, dict[str, Tensor]]:
+    """In the manner of RewardBench: for each way of judging and each subset, whether the chosen answer scored above the
+    rejected one (P,); a tie counts as wrong."""
+    pairs = [*read_rows(name, "filtered")]
+    if missing := [where for where, row in pairs if not {"prompt", "chosen", "rejected"} <= row.keys()]:
+        raise UserError(f"{missing[0]}: needs the fields prompt, chosen and rejected, as RewardBench has them")
+    mine, wins = range(rank, len(pairs), world), {}
+    rows = [answer_row(pairs[i][1]["prompt"], pairs[i][1][side], o) for i in mine for side in ("chosen", "rejected")]
+    for judge in judges:
+        for way, x in ways(judge.kind, judge.scores(rows) if rows else []).items():
+            wins[way] = dict(gather([(i, x[2 * j] > x[2 * j + 1]) for j, i in enumerate(mine)]))
+    subsets = [str(row.get("subset", "all")) for _, row in pairs]
+    inside = {s: [i for i, subset in enumerate(subsets) if subset == s] for s in dict.fromkeys(subsets)}
+    return {way: {s: torch.tensor([w[i] for i in inside[s]]).double() for s in inside} for way, w in wins.items()}
+
+
+def answer_row(question: str, response: str, o: "Options") -> dict:
+    return {"question": question, "response": response, "cuts": split_steps(response, o.separator), "truncated": False}
 
 
 # ------------------------------------------------------------------------------------------------ tables and figures
 
 
+# The paper's own figures, by model and reward ("" before training): data set -> accuracy, (greedy, sampled).
+PAPER = {
+    ("qwen2-1.5b-instruct", ""): {"math": (24.90, 16.79)},
+    ("qwen2-1.5b-instruct", "success"): {"math": (30.58, 27.05)},
+    ("qwen2-1.5b-instruct", "orm"): {"math": (30.57, 27.12)},
+    ("qwen2-1.5b-instruct", "prm"): {"math": (11.16, 14.68)},
+    ("qwen2-1.5b-instruct", "clip"): {"math": (30.30, 28.40)},
+    ("qwen2-1.5b-instruct", "delta"): {"math": (30.68, 27.96)},
+    ("qwen2-1.5b-instruct", "clip-delta"): {"math": (31.44, 28.20)},
+    ("qwen2-math-1.5b-instruct", ""): {"math": (69.98, None)},
+    ("qwen2-math-1.5b-instruct", "clip-delta"): {"math": (70.94, None)},
+    ("qwen2.5-math-1.5b-instruct", ""): {"math": (76.00, None)},
+    ("qwen2.5-math-1.5b-instruct", "clip-delta"): {"math": (76.78, None)},
+    ("qwen2-math-7b-instruct", ""): {"math": (75.30, None)},
+    ("qwen2-math-7b-instruct", "clip-delta"): {"math": (76.00, None)},
+    ("qwen2.5-math-7b-instruct", ""): {"math": (83.30, 52.76), "gsm8k": (95.60, 80.74)},
+    ("qwen2.5-math-7b-instruct", "clip-delta"): {"math": (83.38, 81.22), "gsm8k": (95.60, 95.07)},
+}
+
+
+def short(name: str) -> str:
+    """`math` for math, DIR/math.jsonl and DIR/math_test.jsonl."""
+    return Path(name).stem.removesuffix("_test") if Path(name).suffix else name.replace("/", "-")
+
+
+def markdown(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def results_table(results: dict[str, dict[str, list[float]]], sizes: dict[str, int], paper: dict) -> str:
+    """Figures (mean, low, high) by data set, one beside the other, and the paper's beside ours where it has them."""
+    heads, columns = ["% (95 % interval)"], []
+    for name, figures in results.items():
+        heads.append(f"{name}, {sizes[name]} problems")
+        columns.append({m: f"{100 * x[0]:.1f} ({100 * x[1]:.1f} to {100 * x[2]:.1f})" for m, x in figures.items()})
+        if name in paper:
+            heads.append("the paper's")
+            both = zip(("greedy accuracy", "sampled accuracy"), paper[name])
+            columns.append({measure: f"{x:.2f}" for measure, x in both if x is not None})
+    names = dict.fromkeys(measure for figures in results.values() for measure in figures)
+    return markdown(heads, [[measure, *(column.get(measure, "") for column in columns)] for measure in names])
+
+
+def breakdown(problems: list[Problem], values: dict[str, Tensor]) -> str:
+    """The same figures by subject and by level; nothing where the data set has neither."""
+    rows = []
+    for kind in ("subject", "level"):
+        groups = sorted({getattr(p, kind) for p in problems} - {""})
+        for group in groups if len(groups) > 1 else ():
+            mask = torch.tensor([getattr(p, kind) == group for p in problems])
+            rows.append([f"{kind} {group}" if kind == "level" else group, str(int(mask.sum()))])
+            rows[-1] += ["{:.1f} ({:.1f} to {:.1f})".format(*(100 * x for x in bootstrap(v[mask]))) for v in values.values()]
+    return markdown(["% (95 % interval)", "problems", *values], rows) if rows else ""
+
+
 def before_after(before: dict, after: dict, answers: tuple[list, list]) -> str:
     """What training changed: a table, and some answers before and after."""
     lines = [f"{'':28}{'before':>16}{'after':>16}"]
-    accuracy = lambda r, way: f"{100 * r[way + '_accuracy']:.1f} ± {196 * r[way + '_stderr']:.1f} %"
+    accuracy = lambda r, way, of: f"{100 * r[f'{way}_accuracy{of}']:.1f} ± {196 * r[f'{way}_stderr{of}']:.1f} %"
+    sets = sorted(key.removeprefix("greedy_accuracy") for key in before if key.startswith("greedy_accuracy:"))
     for way in ("greedy", "sampled"):
-        lines.append(f"{way + ' accuracy':28}{accuracy(before, way):>16}{accuracy(after, way):>16}")
+        for of in ("", *sets):
+            name = f"  {short(of[1:])}" if of else f"{way} accuracy"
+            lines.append(f"{name:28}{accuracy(before, way, of):>16}{accuracy(after, way, of):>16}")
         for key in ("steps", "tokens", "repeats", "truncated"):
             name = "  truncated answers" if key == "truncated" else f"  {key} per answer"
             lines.append(f"{name:28}{before[f'{way}_{key}']:>16.2f}{after[f'{way}_{key}']:>16.2f}")
@@ -221,79 +404,158 @@ class Options(TextOptions):
     model: str = option("", "a run's folder, a model's folder or a hub name")
     runs: list[str] = field(default_factory=list, metadata={"help": "folders of runs to compare, instead of --model"})
     figure: str = option("", "with --runs: write the curves to this file (png, pdf, svg)")
-    data: str = option("", "problems (see train.py); empty: the run's evaluation problems")
-    problems: int = option(1000, "how many problems at most")
+    data: str = option("", "problems: toy, gsm8k, math, math-500, files, NAME,NAME; empty: the run's evaluation problems")
+    problems: int = option(0, "how many problems of each set at most; 0: all, and 1000 of the embedded world's")
     n: int = option(1, "sampled answers per problem; above 1 also pass@k, votes, best-of-n")
-    prm: str = option("", "folder of a PRM: best-of-n and weighted votes by it")
+    prm: str = option("", "a PRM, by folder or hub name: best-of-n and weighted votes by it")
+    prm_format: str = option("", "how a published --prm reads, where its name does not say", choices=["", *FORMATS])
     orm: str = option("", "folder of an ORM, likewise")
+    processbench: str = option("", "with --prm: splits of Qwen/ProcessBench, or files in its format: NAME,NAME")
+    threshold: float = option(0.5, "with --processbench: a step that scores below is wrong")
+    pairs: str = option("", "with --prm or --orm: chosen and rejected answers, RewardBench's fields: a file or hub name")
     temperature: float = option(1.0, "of the sampled answers")
+    dtype: str = option("float32", "of all models", choices=list(DTYPES))
     slots: int = option(256, "answers that decode at once")
     seed: int = option(0, "of the sampled answers")
-    out: str = option("", "write the results to this JSON file")
-    answers: str = option("", "write every answer to this JSONL file")
+    out: str = option("", "with --model a folder for answers, scores, results; else a JSON file. Empty: runs/eval/...")
 
 
-def parse(argv: list[str] | None = None) -> Options:
-    usage = "python eval.py --model M | --runs R [R ...] [--OPTION VALUE ...]"
+def parse(argv: list[str] | None = None) -> tuple[Options, tuple[str, str]]:
+    """The options, and the name by which the paper would know the model: (model, reward)."""
+    usage = "python eval.py --model M | --runs R [R ...] | --prm P --processbench NAMES [--OPTION VALUE ...]"
     parser = HfArgumentParser(Options, usage=usage, allow_abbrev=False)
     o = Options(**vars(parser.parse_args(argv)))
-    if bool(o.model) == bool(o.runs):
-        raise UserError("give either --model or --runs")
+    if sum(map(bool, (o.model, o.runs, o.processbench or o.pairs))) != 1:
+        raise UserError("give one of --model, --runs, or a reward model with --processbench or --pairs")
     if o.figure and not o.runs:
         raise UserError("--figure draws the curves of --runs: a model alone has none")
-    if (o.prm or o.orm) and o.n < 2:
+    if o.model and (o.prm or o.orm) and o.n < 2:
         raise UserError("--prm and --orm choose among several answers: give --n 2 or more")
-    config = Path(o.model) / "config.json"
+    if o.processbench and not o.prm or o.pairs and not (o.prm or o.orm):
+        raise UserError("--processbench needs a --prm to evaluate, and --pairs a --prm or an --orm")
+    if o.prm_format and not o.prm:
+        raise UserError("--prm-format says how the --prm reads: give both, or neither")
+    if min(o.n, o.slots) < 1 or o.problems < 0 or o.temperature <= 0:
+        raise UserError("--n, --slots and --temperature must be above 0, and --problems at least 0")
+    config, known = Path(o.model) / "config.json", (o.model.split("/")[-1].lower(), "")
     if o.model and (Path(o.model) / "model").is_dir() and config.is_file():  # a run: its own settings are the defaults
         run = json.loads(config.read_text())
+        known = (run.get("preset", ""), run.get("reward", ""))
         same = ("prompt", "separator", "max_prompt_tokens", "max_new_tokens", "slots", "temperature")
         parser.set_defaults(data=run["eval_data"] or run["data"], **{k: run[k] for k in same})
         o = Options(**vars(parser.parse_args(argv)))
         o.model = str(Path(o.model) / "model")
     if o.model and not o.data:
         raise UserError("--data: say on which problems (toy, gsm8k, math, or a JSONL file)")
-    return o
+    return o, known
 
 
-def evaluate_model(o: Options, rank: int, world: int, device) -> None:
-    tokenizer, model = load_tokenizer(o.model), load_causal_lm(o.model, device=device)
-    problems = load_problems(o.data, "test", o.problems)
-    run = lambda **more: evaluate(
-        model, tokenizer, problems, o.prompt, o.separator, max_new_tokens=o.max_new_tokens, slots=o.slots,
-        max_prompt_tokens=o.max_prompt_tokens, rank=rank, world=world, **more,
-    )  # fmt: skip
-    greedy, greedy_rows = run(temperature=0.0, progress="greedy")
-    sampled, rows = run(temperature=o.temperature, n=o.n, seed=o.seed, progress="sampled")
-    if rank > 0:
-        return
-    results = {"greedy": greedy, "sampled": sampled}
-    show = lambda name, value: print(f"{name:28}{value}")
-    print(f"{len(problems)} problems of {o.data}")
-    for way, r in results.items():
-        show(f"{way} accuracy", f"{100 * r['accuracy']:.1f} ± {196 * r['stderr']:.1f} %")
-        show("", ", ".join(f"{k} {r[k]:.2f}" for k in ("steps", "tokens", "repeats", "truncated")))
-    if o.n > 1:
-        right = [sum(row["correct"] for row in rows[i : i + o.n]) for i in range(0, len(rows), o.n)]
-        more = {}
-        for k in sorted({2**e for e in range(20) if 2**e <= o.n} | {o.n}):
-            more[f"pass@{k}"] = sum(pass_at_k(o.n, c, k) for c in right) / len(right)
-        more[f"majority of {o.n}"] = choose(rows, o.n, [1.0] * len(rows), "vote")
-        for kind in ("orm", "prm"):
-            if folder := getattr(o, kind):
-                more |= best_of_n(rows, o.n, kind, ScalarModel.load(folder, device=device), tokenizer, o.prompt)
-        for name, value in more.items():
-            show(name, f"{100 * value:.1f} %")
-        results |= more
-    if o.out:
-        options = {k: v for k, v in asdict(o).items() if k not in ("out", "answers", "runs", "figure")}
-        Path(o.out).write_text(json.dumps({"options": options, "problems": len(problems), "results": results}, indent=1))
-    if o.answers:
-        lines = [json.dumps({"way": way, **row}) for way, r in (("greedy", greedy_rows), ("sampled", rows)) for row in r]
-        Path(o.answers).write_text("\n".join(lines) + "\n")
+def evaluate_model(o: Options, known: tuple[str, str], rank: int, world: int, device) -> None:
+    sets = {short(name): load_problems(name, "test", o.problems or None) for name in mixture(o.data)}
+    tokenizer = load_tokenizer(o.model)
+    for problems in sets.values():
+        encode_prompts(tokenizer, problems, o.prompt, o.max_prompt_tokens)  # bad input first
+    same = (*(f.name for f in fields(TextOptions)), "n", "temperature", "seed", "dtype")
+    settings = {"model": prm.identity(o.model), **{name: getattr(o, name) for name in same}}
+    own = Path(o.model).parent.name if Path(o.model).name == "model" else Path(o.model).name
+    folder = Path(o.out or f"runs/eval/{own}-{digest([settings, o.problems])}")
+    on_rank_0(lambda: folder.mkdir(parents=True, exist_ok=True), share=False)
+    if rank == 0:
+        print(f"answers, scores and results: {folder}/", flush=True)
+
+    sampler = lru_cache(lambda: as_sampler(load_causal_lm(o.model, DTYPES[o.dtype], device)))  # none if all is there
+    answers, weights = {}, {name: {} for name in sets}
+    for name, problems in sets.items():
+        for way, n, temperature in (("greedy", 1, 0.0), ("sampled", o.n, o.temperature)):
+            how = dict(max_new_tokens=o.max_new_tokens, temperature=temperature, n=n, slots=o.slots, seed=o.seed)
+            make = lambda block, problems=problems, how=how: [
+                {k: v for k, v in row.items() if k not in ("ids", "ends")}
+                for row in answer(sampler(), tokenizer, problems, block, o.prompt, o.separator, **how)
+            ]
+            answers[name, way] = file = folder / f"{name}-{way}.jsonl"
+            key, size = {**settings, "problems": prm.fingerprint(problems)}, max(1, 4 * o.slots // n)
+            prm.in_blocks(file, f"{name} {way}", key, len(problems), n, make, rank, world, size=size)
+    sampler.cache_clear()  # room for the reward models
+    for kind in ("orm", "prm"):
+        judge = lru_cache(lambda kind=kind: Judge(o, kind, device))
+        for name, problems in sets.items() if getattr(o, kind) else ():
+            model = {**settings, kind: prm.identity(getattr(o, kind)), "format": o.prm_format}
+            file = folder / f"{name}-{kind}-{digest(model)}.jsonl"
+            score_answers(judge, answers[name, "sampled"], file, o.n, len(problems), model, rank, world)
+            flat = [s for row in read_answers(file) for s in row["scores"]]
+            of_each = {way: [w[i : i + o.n] for i in range(0, len(w), o.n)] for way, w in ways(kind, flat).items()}
+            weights[name] |= of_each
+    if rank == 0:
+        report(o, known, sets, answers, weights, folder)
+
+
+def score_answers(judge, answers: Path, file: Path, n: int, problems: int, settings: dict, rank: int, world: int) -> None:
+    rows = read_answers(answers)
+
+    def make(block) -> list[dict]:
+        found = judge().scores([row for i in block for row in rows[i * n : (i + 1) * n]])
+        return [{"index": i, "scores": found[j * n : (j + 1) * n]} for j, i in enumerate(block)]
+
+    prm.in_blocks(file, file.stem, settings, problems, 1, make, rank, world, size=max(1, 1024 // n))
+
+
+def read_answers(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def digest(settings) -> str:
+    return hashlib.sha1(json.dumps(settings).encode()).hexdigest()[:10]
+
+
+def report(o: Options, known: tuple[str, str], sets: dict, answers: dict, weights: dict, folder: Path) -> None:
+    """Print the tables, and write them: results.md, results.json."""
+    results, text, means = {}, [], {}
+    for name, problems in sets.items():
+        greedy, rows = (read_answers(answers[name, way]) for way in ("greedy", "sampled"))
+        values = measures(greedy, rows, o.n, weights[name])
+        results[name] = {measure: bootstrap(x) for measure, x in values.items()}
+        means[name] = {way: summarise(r, n) for way, r, n in (("greedy", greedy, 1), ("sampled", rows, o.n))}
+        few = ("greedy accuracy", "sampled accuracy", f"pass@{o.n}", f"majority of {o.n}")
+        if parts := breakdown(problems, {m: values[m] for m in few if m in values}):
+            text.append(f"{name}:\n\n{parts}")
+    sizes = {name: len(problems) for name, problems in sets.items()}
+    text.insert(0, results_table(results, sizes, PAPER.get(known, {})))
+    for way in ("greedy", "sampled"):
+        keys = ("steps", "tokens", "repeats", "truncated")
+        lines = [[name, *(f"{means[name][way][k]:.2f}" for k in keys)] for name in sets]
+        text.append(markdown([f"{way}, per answer", *keys], lines))
+    print("\n" + "\n\n".join(text))
+    write(folder / "results.md", "\n\n".join(text) + "\n")
+    everything = {"options": asdict(o), "problems": sizes, "results": results, "means": means}
+    write(folder / "results.json", json.dumps(everything, indent=1))
+
+
+def evaluate_reward_models(o: Options, rank: int, world: int, device) -> None:
+    judges = {kind: Judge(o, kind, device) for kind in ("orm", "prm") if getattr(o, kind)}
+    text, results = [], {}
+    if o.processbench:
+        found = {name: process_bench(name, judges["prm"], o, rank, world) for name in mixture(o.processbench)}
+        results["processbench"] = found
+        heads = ("erroneous", "correct", "F1")
+        rows = [[short(name), *(f"{x[k]:.1f}" for k in heads), str(x["solutions"])] for name, x in found.items()]
+        if len(rows) > 1:
+            rows.append(["mean", "", "", f"{sum(x['F1'] for x in found.values()) / len(found):.1f}", ""])
+        text.append(markdown(["ProcessBench, %", *heads, "solutions"], rows))
+    if o.pairs:
+        wins = pairs_accuracy(o.pairs, [*judges.values()], o, rank, world)
+        results["pairs"] = {way: {s: bootstrap(x) for s, x in by.items()} for way, by in wins.items()}
+        subsets = [*next(iter(wins.values()))]
+        cell = "{:.1f} ({:.1f} to {:.1f})"
+        rows = [[way, *(cell.format(*(100 * x for x in results["pairs"][way][s])) for s in subsets)] for way in wins]
+        text.append(markdown(["chosen above rejected, %", *subsets], rows))
+    if rank == 0:
+        print("\n\n".join(text))
+        if o.out:
+            write(Path(o.out), json.dumps({"options": asdict(o), **results}, indent=1))
 
 
 def main() -> None:
-    o = parse()
+    o, known = parse()
     if o.runs:
         runs = [last_evaluation(folder) for folder in o.runs]
         print(compare(runs))
@@ -302,10 +564,13 @@ def main() -> None:
         if o.figure:
             draw_curves(o.runs, o.figure)
             print(f"\nwritten: {o.figure}")
-    else:
-        rank, world, device = start_processes()
-        with watching(rank, world):
-            evaluate_model(o, rank, world, device)
+        return
+    rank, world, device = start_processes()
+    with watching(rank, world):
+        if o.model:
+            evaluate_model(o, known, rank, world, device)
+        else:
+            evaluate_reward_models(o, rank, world, device)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,11 @@ slot of a preallocated KV cache (`Decode`). Both are served by one function regi
 interface, which calls flash_attn where it is installed, torch's own kernels on CUDA, and SDPA on CPU. The models are
 transformers' own; `fuse` swaps the forwards of norms and attention for faster ones that compute the same.
 
-`ScalarModel` adds one scalar head: the critic reads it as a value, ORM and PRM as the logit of "correct". `shard` splits
-the weights of any of them over the GPUs; nothing else in the project knows whether a model is sharded.
+`ScalarModel` adds a head of one number: the critic reads it as a value, ORM and PRM as the logit of "correct". `shard`
+splits the weights of any of them over the GPUs; nothing else in the project knows whether a model is sharded.
 
-Left out: sliding windows, softcaps and attention sinks (refused with a sentence), tensor and pipeline parallelism.
+Left out: attention sinks, softcaps and sequences beyond a sliding window (refused with a sentence), tensor and pipeline
+parallelism.
 
 Nothing to run here; tests/test_model.py shows each part beside the padded model it must equal.
 """
@@ -37,14 +38,19 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+from transformers import (
+    AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config,
+)  # fmt: skip
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import cached_file
 
 from data import UserError
 
@@ -66,6 +72,7 @@ try:
 except ImportError:
     varlen_attn, GQA = None, {}
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ATTENTION = "packed_or_decode"  # transformers matches names: it must not contain sdpa, flash or flex_attention
 
 
@@ -78,17 +85,19 @@ class KVCache:
 
     def __init__(self, config, slots: int, max_tokens: int, dtype: torch.dtype, device):
         heads = config.num_key_value_heads
+        cuda = torch.device(device).type == "cuda"
+        # flash attention reads the lengths on the device: it needs no window, and one graph serves all lengths
+        self.reads_lengths = cuda and dtype in (torch.float16, torch.bfloat16)
+        self.granularity = max_tokens if self.reads_lengths else 256 if cuda else 32
+        # whole windows: the window of a step, and with it the rounding of its sums, must not depend on the cache's size
+        max_tokens = -(-max_tokens // self.granularity) * self.granularity
         shape = (config.num_hidden_layers, slots, heads, max_tokens, width(config)[3] // heads)
         # zeros, not empty: a masked key still meets its value, and 0 * nan is nan
         self.k, self.v = torch.zeros(2, *shape, dtype=dtype, device=device)
-        # flash attention reads the lengths on the device: it needs no window, and one graph serves all lengths
-        cuda = torch.device(device).type == "cuda"
-        self.reads_lengths = cuda and dtype in (torch.float16, torch.bfloat16)
-        self.granularity = max_tokens if self.reads_lengths else 256 if cuda else 32
 
     def window(self, tokens: int) -> int:
         """How many keys a step looks at, where a slot has up to `tokens`: rounded up, so that few shapes occur."""
-        return min(self.k.shape[3], -(-tokens // self.granularity) * self.granularity)
+        return -(-tokens // self.granularity) * self.granularity
 
     def copy(self, source: Tensor, target: Tensor, tokens: int) -> None:
         """Copy the first `tokens` positions of the slots `source` (M,) to the slots `target` (M,)."""
@@ -158,8 +167,10 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     """transformers' attention interface: query (B, Hq, T, D), key and value (B, Hkv, T, D), rotated -> (B, T, Hq, D).
 
     `seqs`, a Packed or a Decode, travels through the model call as a keyword argument."""
-    if sliding_window is not None or kw.get("softcap") is not None or getattr(module, "sinks", None) is not None:
-        raise UserError("this model uses sliding windows, softcaps or sinks, which the attention here leaves out")
+    longest = seqs.max_length if isinstance(seqs, Packed) else seqs.cache.k.shape[3]
+    if kw.get("softcap") is not None or getattr(module, "sinks", None) is not None or longest > (sliding_window or longest):
+        window = f" (its window is {sliding_window} tokens, and {longest} are asked for)" if sliding_window else ""
+        raise UserError(f"this model uses sliding windows, softcaps or sinks, which the attention here leaves out{window}")
     attend = packed_attention if isinstance(seqs, Packed) else decode_attention
     return attend(module.layer_idx, query, key, value, scaling, seqs), None
 
@@ -316,23 +327,18 @@ def toy_model(tokenizer, seed: int, hidden: int = 64, layers: int = 3, heads: in
     return model
 
 
-SHAPES = {  # of the paper's models, Qwen2, Qwen2-Math and Qwen2.5-Math, to plan for them without the hub
-    "-1.5b-instruct": dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
-                           num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True),
-    "-7b-instruct": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-                         num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False),
+SHAPES = {  # of the paper's models, and of the reward models made from them, to plan without the hub
+    "1.5b": dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+                 num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True),
+    "7b": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+               num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False),
 }  # fmt: skip
 
 
 def model_shape(path: str):
     """A model's configuration as far as it sets memory and time. Raises UserError if it cannot be read."""
-    size = next((s for s in SHAPES if path.startswith("Qwen/Qwen2") and path.lower().endswith(s)), None)
-    if size:
-        return Qwen2Config(**SHAPES[size])
-    try:
-        return AutoConfig.from_pretrained(path)
-    except Exception as error:
-        raise UserError(f"{path}: cannot read its configuration ({first_line(error)}); give a local folder") from None
+    size = re.search(r"qwen-?2.*-(1\.5b|7b)\b", path.lower())
+    return Qwen2Config(**SHAPES[size[1]]) if size and not Path(path).exists() else load_config(path)
 
 
 @lru_cache
@@ -355,36 +361,77 @@ def width(config) -> tuple[int, int, int, int]:
     return config.hidden_size, config.intermediate_size, config.num_attention_heads * D, config.num_key_value_heads * D
 
 
-def load_tokenizer(path: str):
+def load_tokenizer(path: str, kind=AutoTokenizer):
     """Raises UserError if there is none, or none that ends its answers."""
     if Path(path).is_dir() and not any(any(Path(path).glob(p)) for p in ("tokenizer*", "vocab*", "*.model")):
         raise UserError(f"{path}: the folder has no tokenizer")  # transformers would make an empty one
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        named = get_tokenizer_config(path, trust_remote_code=False).get("tokenizer_class")
+        if named in ("TokenizersBackend", "PreTrainedTokenizerFast"):  # AutoTokenizer would take the model's usual one,
+            kind = PreTrainedTokenizerFast  # which splits text in its own way, whatever tokenizer.json says
+        tokenizer = kind.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # which exception a missing or broken tokenizer raises varies between versions
-        raise UserError(f"{path}: cannot load a tokenizer ({first_line(error)}); give a local folder") from None
+        mend = "give a local folder with a tokenizer.json"
+        raise UserError(f"{path}: cannot load a tokenizer ({first_line(error)}); {mend}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: the tokenizer has no EOS token, so no answer would ever end")
     return tokenizer
 
 
-def load_causal_lm(path: str, dtype=torch.float32, device="cpu") -> nn.Module:
-    """A causal LM with our attention, from a folder or a hub name; on the "meta" device its shape alone. Raises UserError
-    if it cannot be loaded."""
+def load_config(path: str):
+    """Raises UserError if it cannot be read."""
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"{path}: cannot read its configuration ({first_line(error)}); give a local folder") from None
+
+
+HEADS = ("score.", "v_head.")  # of published reward models, in their own weights
+
+
+def load_causal_lm(path: str, dtype=torch.float32, device="cpu", headless: bool = False) -> nn.Module:
+    """A causal LM with our attention, from a folder or a hub name; on the "meta" device its shape alone. headless: without
+    its output layer, and though it has another head. Raises UserError if it cannot be loaded."""
     if str(device) == "meta":
-        return empty_lm(AutoConfig.from_pretrained(path), dtype)
+        return without_head(empty_lm(load_config(path), dtype), headless)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            path, attn_implementation=ATTENTION, dtype=dtype, output_loading_info=True
-        )
+            path, attn_implementation=ATTENTION, dtype=dtype, output_loading_info=True, trust_remote_code=False,
+            use_safetensors=True,
+        )  # fmt: skip
     except Exception as error:
         raise UserError(f"{path}: cannot load a causal LM ({first_line(error)}); give a local folder") from None
     scaled = ("logit_scale", "logits_scaling", "final_logit_softcapping")
     if any(getattr(model.config, name, None) not in (None, 1) for name in scaled):
         raise UserError(f"{path}: this model scales its logits, which the log-probabilities here leave out")
-    if info["missing_keys"]:  # transformers would fill them with random numbers
-        raise UserError(f"{path}: the weights lack {len(info['missing_keys'])} tensors, such as {min(info['missing_keys'])}")
-    return fuse(model).to(device).eval()  # eval: dropout in the training forward would make the ratio start off 1
+    if not headless and any(name.startswith(HEADS) for name in info["unexpected_keys"]):
+        raise UserError(f"{path}: a reward model, no causal LM; train.py and eval.py read it with --prm")
+    missing = [name for name in info["missing_keys"] if not (headless and name.startswith("lm_head."))]
+    if missing:  # transformers would fill them with random numbers
+        raise UserError(f"{path}: the weights lack {len(missing)} tensors, such as {min(missing)}")
+    # eval: dropout in the training forward would make the ratio start off 1
+    return without_head(fuse(model), headless).to(device).eval()
+
+
+def without_head(lm: nn.Module, headless: bool) -> nn.Module:
+    if headless:
+        lm.set_output_embeddings(nn.Identity())
+    return lm
+
+
+def read_tensors(path: str, prefix: str) -> dict[str, Tensor]:
+    """The tensors of a folder or a hub name whose names begin with `prefix`, in float32, by the rest of their names."""
+    file = lambda name: cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+    index = file("model.safetensors.index.json")
+    files = set(json.loads(Path(index).read_text())["weight_map"].values()) if index else {"model.safetensors"}
+    out = {}
+    for name in sorted(files):
+        if not (found := file(name)):
+            raise UserError(f"{path}: has no {name}; weights must be safetensors")
+        with safe_open(found, "pt") as tensors:
+            keys = [key for key in tensors.keys() if key.startswith(prefix)]
+            out |= {key.removeprefix(prefix): tensors.get_tensor(key).float() for key in keys}
+    return out
 
 
 def empty_lm(config, dtype=torch.float32) -> nn.Module:
@@ -402,12 +449,6 @@ def save_lm(lm: nn.Module, tokenizer, path: str | Path, rank: int = 0) -> None:
     if rank == 0:
         lm.save_pretrained(path, state_dict=weights)
         tokenizer.save_pretrained(path)
-
-
-def same_tokenizer(tokenizer, path: str) -> None:
-    """Raises UserError if the model at `path` reads other tokens than this tokenizer writes."""
-    if load_tokenizer(path).get_vocab() != tokenizer.get_vocab():
-        raise UserError(f"{path}: its tokenizer is not the policy's, so it cannot read the policy's tokens")
 
 
 def first_line(error: Exception) -> str:
@@ -443,20 +484,24 @@ def hidden_states(lm, packed: Packed) -> Tensor:
 
 
 class ScalarModel(nn.Module):
-    """A causal LM with a scalar head on every token: critic, ORM or PRM. Packed -> (N,) float32.
+    """A causal LM with a head of one number on every token: critic, ORM or PRM. Packed -> (N,) float32.
+
+    head: another than a linear one that starts at zero. format: how the text is put to it, see prm.FORMATS.
 
     With `likelihood` the head also reads the lowest log-probability that the LM itself gave to a response token so far.
     At each token an LM knows what it would have written; what was written instead shows here, and hardly in its hidden
     states, from which a small reward model would have to learn the world anew."""
 
-    def __init__(self, lm: nn.Module, likelihood: bool = False):
+    def __init__(self, lm: nn.Module, likelihood: bool = False, head: nn.Module | None = None, format: str = "own"):
         super().__init__()
-        self.lm, self.likelihood = lm, likelihood
-        self.head = nn.Linear(lm.config.hidden_size + likelihood, 1).to(lm.device)  # float32
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-        output = lm.get_output_embeddings().weight
-        if not likelihood and output is not lm.get_input_embeddings().weight:
+        self.lm, self.likelihood, self.format = lm, likelihood, format
+        self.head = head or nn.Linear(lm.config.hidden_size + likelihood, 1)
+        if head is None:
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+        self.head.to(lm.device)  # float32
+        output = getattr(lm.get_output_embeddings(), "weight", None)
+        if not likelihood and output is not None and output is not lm.get_input_embeddings().weight:
             output.requires_grad_(False)  # nobody reads it: neither gradient nor optimizer state
 
     def forward(self, packed: Packed) -> Tensor:
@@ -739,7 +784,7 @@ def lock(path: Path, wait: bool = False):
         file.seek(0)
         holder = file.read()
         if not wait:
-            raise UserError(f"{path.parent} is in use by {holder}: wait for it, or choose another --name") from None
+            raise UserError(f"{path.parent} is in use by {holder}: wait for it, or choose another name") from None
         print(f"waiting for {holder}, which is making {path.parent}", flush=True)
         fcntl.flock(file, fcntl.LOCK_EX)
     file.truncate(0)

@@ -1,44 +1,52 @@
-"""ORM and PRM: Monte-Carlo step labels, training, held-out quality, scoring.
+"""ORM and PRM: Monte-Carlo step labels, training, published models and their formats, scoring, held-out quality.
 
     label   sample solutions with the policy, split them into steps, and let a completer finish each prefix p(k) several
             times. A step's soft label is the share of right answers among them (Math-Shepherd, arXiv 2312.08935); its
-            hard label is 1 if there was any. The last step of a finished answer is labelled by its correctness.
-            One JSONL line a solution, written as they come; a second call continues where the first stopped.
+            hard label is 1 if there was any, and sampling stops there. The last step of a finished answer is labelled by
+            its correctness. One JSONL line a solution; a second call continues where the first stopped.
     train   a causal LM with a scalar head, by binary cross-entropy: PRM at the last token of each step, ORM at the last
-            token of the solution.
+            token of the solution. On labels made here, or by others: Math-Shepherd, PRM800K, TRL's stepwise format.
     test    AUROC, accuracy and calibration on the solutions of questions that were held out from training.
 
-train.py calls `make_labels`, `train_reward_model`, `score_steps` and `score_outcomes`; the stages apart:
+A published PRM is one row of `FORMATS`: how it wants its text, and which of its weights make the logit of "correct".
+
+train.py calls `prepare_reward_model`, `Reader` and `score_steps`; the stages apart:
 
     python prm.py label --model DIR --data gsm8k --out labels.jsonl
     python prm.py train --model DIR --labels-file labels.jsonl --kind prm --out prm/
     python prm.py test  --model prm/ --labels-file labels.jsonl --kind prm
 
-Left out: published PRMs and their formats, other label sources, sharing a prefix's cache among its completions.
+Left out: labels by tree search or by binary search for the first error, training of the published formats.
 """
 
 import argparse
 import hashlib
 import json
+import os
 import random
+import re
+import time
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import HfArgumentParser
+from transformers import AutoTokenizer, HfArgumentParser, LlamaTokenizer
 
 from data import (
-    Problem, TextOptions, UserError, decode, encode_prompts, is_toy, load_problems, option, oracle, read_jsonl,
-    run_script, step_ends,
+    SYSTEM, Problem, TextOptions, UserError, append, decode, encode_prompts, encode_steps, find_steps, is_toy,
+    load_mixture, mixture, option, oracle, read_rows, run_script, write,
 )  # fmt: skip
 from grader import grade
 from model import (
-    NonFinite, ScalarModel, all_reduce, barrier, checkpoint_layers, eos_ids, gather, load_causal_lm, load_tokenizer, lock,
-    optimizer_step, same_tokenizer, shard, start_processes, watching,
+    DTYPES, NonFinite, ScalarModel, all_reduce, barrier, checkpoint_layers, eos_ids, gather, load_causal_lm, load_config,
+    load_tokenizer, lock, on_rank_0, optimizer_step, read_tensors, shard, start_processes, watching, without_head,
 )  # fmt: skip
 from rollout import Batch, as_sampler, rollout
 
@@ -47,7 +55,8 @@ from rollout import Batch, as_sampler, rollout
 class LabelOptions(TextOptions):
     problems: int = option(1000, "questions to sample solutions for")
     samples: int = option(1, "solutions per question")
-    completions: int = option(4, "completions per step prefix")
+    completions: int = option(4, "completions per step prefix, at most")
+    labels: str = option("hard", "hard: any completion right; soft: the share of right ones", choices=["hard", "soft"])
     temperature: float = option(1.0, "of solutions and completions")
     slots: int = option(256, "answers that decode at once")
     seed: int = option(0, "random seed")
@@ -56,7 +65,6 @@ class LabelOptions(TextOptions):
 @dataclass
 class TrainOptions:
     kind: str = option("prm", "prm or orm", choices=["prm", "orm"])
-    labels: str = option("hard", "hard: any completion right; soft: the share of right ones", choices=["hard", "soft"])
     epochs: int = option(2, "passes over the labelled solutions")
     lr: float = option(1e-5, "learning rate of the LM; linear warmup and decay")
     head_lr: float = option(1e-3, "learning rate of the scalar head, which starts at zero")
@@ -67,107 +75,437 @@ class TrainOptions:
 # ------------------------------------------------------------------------------------------------ labels
 
 
-CHUNK = 256  # questions between two writes
-
-
 def make_labels(
-    policy, completer, tokenizer, problems: list[Problem], options: LabelOptions, path: Path, rank: int = 0, world: int = 1
-) -> None:
-    """Write one line per solution to `path`: question, answer, response, ids, truncated, correct, ends (K,) and labels
-    (K,): the share of right completions of each prefix. Continues a file of the same options; refuses another's."""
-    o, eos = options, eos_ids(policy, tokenizer)
+    policy, completer, tokenizer, problems: list[Problem], options: LabelOptions, path: Path, rank: int = 0, world: int = 1,
+    completer_tokenizer=None,
+) -> None:  # fmt: skip
+    """Write one line per solution to `path`, see `label_steps`, and print what the labels look like. Continues a file of
+    the same options; refuses another's. A completer with a tokenizer of its own reads the prefixes as text."""
+    o, eos, reads = options, eos_ids(policy, tokenizer), completer_tokenizer or tokenizer
     problems = problems[: o.problems]
     prompts = encode_prompts(tokenizer, problems, o.prompt, o.max_prompt_tokens)
-    done = continue_labels(path, {**asdict(o), "questions": fingerprint(problems)}, o.samples) if rank == 0 else 0
-    done = int(all_reduce(torch.tensor(done)))
-    sampler = dict(eos_ids=eos, temperature=o.temperature, slots=o.slots)
-    same = completer is policy
-    policy = as_sampler(policy)  # which keeps its cache from chunk to chunk
+    own = reads.get_vocab() == tokenizer.get_vocab()
+    starts = prompts if own else encode_prompts(reads, problems, o.prompt, 1 << 30)
+    ends_completion, same = eos_ids(completer, reads), completer is policy
+    policy = as_sampler(policy)  # which keeps its cache from block to block
     completer = policy if same else as_sampler(completer)
-    bar = tqdm(total=len(problems), initial=done, desc="labels", unit="question", disable=rank > 0)
-    total = steps = 0
-    for start in range(done, len(problems), CHUNK):
-        mine = range(start + rank, min(start + CHUNK, len(problems)), world)
+    sampler = dict(temperature=o.temperature, slots=o.slots)
+    done, began, figures = [0, 0], time.perf_counter(), {}  # prefixes, completions
+
+    def make(block: range) -> list[dict]:
         solutions = rollout(
-            policy, [prompts[i] for i in mine], o.samples, max_new_tokens=o.max_new_tokens,
-            seeds=[o.seed * 1_000_003 + i for i in mine], **sampler,
+            policy, [prompts[i] for i in block], o.samples, max_new_tokens=o.max_new_tokens, eos_ids=eos,
+            seeds=[o.seed * 1_000_003 + i for i in block], **sampler,
         )  # fmt: skip
-        rows = [
-            {"index": i, "question": problems[i].question, "answer": problems[i].answer, **solution_row(tokenizer, s, o)}
-            for i, samples in zip(mine, solutions)
-            for s in samples
-        ]
-        label_steps(completer, tokenizer, rows, {i: prompts[i] for i in mine}, o, sampler)
-        rows = sorted(gather(rows), key=lambda row: row["index"])
-        if rank == 0:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in rows))
-        total, steps = total + sum(sum(r["labels"]) for r in rows), steps + sum(len(r["labels"]) for r in rows)
-        bar.update(min(CHUNK, len(problems) - start))
-        bar.set_postfix(steps=steps, mean_label=f"{total / max(steps, 1):.2f}")
-    bar.close()
+        rows, prefixes, places = [], [], []
+        for i, samples in zip(block, solutions):
+            for s in samples:
+                text, cuts, ends = find_steps(tokenizer, s.ids, o.separator, s.truncated)
+                row = {"index": i, "question": problems[i].question, "answer": problems[i].answer, "response": text}
+                row |= {"truncated": s.truncated, "correct": not s.truncated and grade(problems[i].answer, text)}
+                rows.append(row | {"cuts": cuts, "labels": [0.0] * len(cuts), "outcomes": [[] for _ in cuts]})
+                for k, (cut, end) in enumerate(zip(cuts, ends)):
+                    ids = s.ids[: end + 1] if own else encode_steps(reads, text[:cut], [])[0]
+                    if end == len(s.ids) - 1 and not s.truncated:
+                        rows[-1]["labels"][k] = float(rows[-1]["correct"])
+                    elif len(ids) < o.max_new_tokens:  # else there is no room to answer
+                        prefixes.append((starts[i] + ids, o.max_new_tokens - len(ids), i, text[:cut]))
+                        places.append((rows[-1], k))
+        unique = {(tuple(ids), i): prefix for prefix in prefixes for ids, _, i, _ in [prefix]}  # samples begin alike
+        right = complete(completer, reads, [*unique.values()], problems, o, eos_ids=ends_completion, **sampler)
+        found = dict(zip(unique, right))
+        for (row, k), (ids, _, i, _) in zip(places, prefixes):
+            row["outcomes"][k] = right = found[tuple(ids), i]
+            row["labels"][k] = sum(right) / len(right) if o.labels == "soft" else float(any(right))
+        done[0], done[1] = done[0] + len(unique), done[1] + sum(map(len, found.values()))
+        seconds = time.perf_counter() - began
+        figures.update({"prefixes/s": f"{done[0] / seconds:.1f}", "completions": f"{done[1] / max(done[0], 1):.2f}"})
+        return rows
+
+    settings = {**asdict(o), "questions": fingerprint(problems)}
+    in_blocks(path, "labels", settings, len(problems), o.samples, make, rank, world, figures)
+    prefixes = all_reduce(torch.tensor(done[0])).item()
+    if rank == 0:
+        print(describe(read_labels(str(path)), o, prefixes, time.perf_counter() - began), flush=True)
 
 
-def solution_row(tokenizer, s, o: LabelOptions) -> dict:
-    ends = step_ends(tokenizer, s.ids, o.separator, s.truncated)
-    return {"response": decode(tokenizer, s.ids), "ids": s.ids, "truncated": s.truncated, "ends": ends}
+def complete(completer, tokenizer, prefixes: list[tuple], problems: list[Problem], o: LabelOptions, **sampler) -> list[list]:
+    """For each prefix (ids, limit, index of its problem, text) which of its completions were right.
+
+    A hard label is decided by the first right completion. So they are sampled in waves, of 1, 1, 2, 4, ...; each prefix
+    is prefilled once a wave, for all its completions. A few questions get all of them, see `audited`."""
+    outcomes, todo = [[] for _ in prefixes], list(range(len(prefixes)))
+    sampled, count = 0, o.completions if o.labels == "soft" else 1
+    while todo and count:
+        found = rollout(
+            completer, [prefixes[j][0] for j in todo], count, max_new_tokens=[prefixes[j][1] for j in todo],
+            seeds=[zlib.crc32(repr((o.seed, sampled, prefixes[j][0])).encode()) for j in todo], **sampler,
+        )  # fmt: skip
+        for j, samples in zip(todo, found):
+            _, _, i, text = prefixes[j]
+            texts = [text + decode(tokenizer, s.ids) for s in samples]
+            outcomes[j] += [not s.truncated and grade(problems[i].answer, x) for s, x in zip(samples, texts)]
+        todo = [j for j in todo if not any(outcomes[j]) or audited(problems[prefixes[j][2]].question)]
+        sampled += count
+        count = min(sampled, o.completions - sampled)
+    return outcomes
 
 
-def label_steps(completer, tokenizer, rows: list[dict], prompts: dict, o: LabelOptions, sampler: dict) -> None:
-    """Add "correct" and "labels" to the rows. A prefix that leaves no room to answer within the limit is labelled 0."""
-    prefixes, limits, places = [], [], []
-    for row in rows:
-        row["correct"] = not row["truncated"] and grade(row["answer"], row["response"])
-        row["labels"] = [0.0] * len(row["ends"])
-        for k, end in enumerate(row["ends"]):
-            if end == len(row["ids"]) - 1 and not row["truncated"]:
-                row["labels"][k] = float(row["correct"])
-            elif end + 1 < o.max_new_tokens:
-                prefixes.append(prompts[row["index"]] + row["ids"][: end + 1])
-                limits.append(o.max_new_tokens - end - 1)
-                places.append((row, k))
-    seeds = [zlib.crc32(repr((o.seed, prefix)).encode()) for prefix in prefixes]
-    completions = rollout(completer, prefixes, o.completions, max_new_tokens=limits, seeds=seeds, **sampler)
-    for (row, k), samples in zip(places, completions):
-        start = row["ids"][: row["ends"][k] + 1]
-        right = [not s.truncated and grade(row["answer"], decode(tokenizer, start + s.ids)) for s in samples]
-        row["labels"][k] = sum(right) / len(right)
+def audited(question: str) -> bool:
+    """One question in sixteen gets all completions of each prefix, to see how well two halves of them agree."""
+    return zlib.crc32(b"audit" + question.encode()) % 16 == 0
+
+
+def describe(rows: list[dict], o: LabelOptions, prefixes: int, seconds: float) -> str:
+    """What the labels look like: how many, how fast, their mean by step, and whether two halves agree."""
+    labels = [label for row in rows for label in row["labels"]]
+    longest = max((len(row["labels"]) for row in rows), default=0)
+    columns = [[row["labels"][k] for row in rows if len(row["labels"]) > k] for k in range(longest)]
+    means = " ".join(f"{sum(column) / len(column):.2f}" for column in columns[:20])
+    half = o.completions // 2
+    pairs = [
+        (any(x[:half]), any(x[half : 2 * half]))
+        for row in rows if o.labels == "soft" or audited(row["question"])
+        for x in row["outcomes"] if half and len(x) == o.completions
+    ]  # fmt: skip
+    agreement = f"{sum(a == b for a, b in pairs) / max(len(pairs), 1):.2f} of {len(pairs)} prefixes"
+    fast = f"{prefixes} prefixes now, {prefixes / seconds:.1f} a second; " if prefixes else ""
+    return (
+        f"  {len(labels)} steps of {len(rows)} solutions; {fast}mean label {sum(labels) / max(len(labels), 1):.2f}\n"
+        f"  mean label of step 1, 2, ...: {means}\n"
+        f"  hard labels of {half} and of {half} other completions agree in {agreement}"
+    )
 
 
 def fingerprint(problems: list[Problem]) -> int:
     return zlib.crc32(repr([(p.question, p.answer) for p in problems]).encode())
 
 
-def continue_labels(path: Path, settings: dict, samples: int) -> int:
-    """How many questions the label file holds completely; a line or a question cut off by a kill is removed."""
-    sidecar = path.with_suffix(".settings.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and path.stat().st_size and not sidecar.exists():
-        raise UserError(f"{path} exists and is no label file of this program: choose another --out")
-    if path.exists() and sidecar.exists():
-        old = json.loads(sidecar.read_text())
-        changed = [f"{k} {old.get(k)} -> {v}" for k, v in settings.items() if old.get(k) != v]
-        if changed:
-            raise UserError(f"{path} was made with other settings ({', '.join(changed)}); remove it or choose another --out")
-    sidecar.write_text(json.dumps(settings))
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    if lines and not lines[-1].endswith(b"\n"):
-        lines.pop()
-    lines = lines[: len(lines) // samples * samples]
-    path.write_bytes(b"".join(lines))
-    return len(lines) // samples
+# ------------------------------------------------------------------------------------------------ labels of others
 
 
-def read_labels(path: str | Path) -> list[dict]:
-    """Raises UserError for a missing or malformed label file."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such label file; make one with `python prm.py label`")
-    rows = [row for _, row in read_jsonl(Path(path))]
+def read_labels(source: str) -> list[dict]:
+    """Labelled solutions: rows with question, response, cuts (the ends of labelled steps, in characters), labels, correct,
+    truncated. From a file of `make_labels`, or a file, folder or hub name in one of three formats, told by their fields:
+
+    - Math-Shepherd: input "QUESTION Step 1: ... ки\\nStep 2: ... ки", label the same with + or - instead of ки;
+    - PRM800K: question, label.steps, each with rated completions; a neutral rating counts as good;
+    - TRL's stepwise: prompt, completions, labels.
+
+    Raises UserError for a missing file, or a row of none of them. Known faults (no steps, marks that do not fit) are left
+    out, and counted."""
+    rows, found, faulty = [], 0, 0
+    for where, row in read_rows(source, "train"):
+        convert = next((f for fields, f in SOURCES.items() if isinstance(row, dict) and row.keys() >= set(fields)), None)
+        if convert is None:
+            raise UserError(f"{where}: not a row of step labels (see read_labels in prm.py for the four formats)")
+        new = convert(row)
+        rows.extend(new)
+        found, faulty = found + 1, faulty + (not new)
+    if faulty and os.environ.get("RANK", "0") == "0":
+        print(f"{source}: {faulty} of {found} rows hold no usable steps, and are left out", flush=True)
     if not rows:
-        raise UserError(f"{path}: holds no labels")
-    if missing := {"question", "ids", "truncated", "correct", "ends", "labels"} - rows[0].keys():
-        raise UserError(f"{path}: not a label file of prm.py (no field {', '.join(sorted(missing))})")
+        raise UserError(f"{source}: holds no labels")
     return rows
+
+
+def from_shepherd(row: dict) -> list[dict]:
+    text, mark = row["input"], "ки"
+    first = re.search(r"step 1:", text, re.IGNORECASE)
+    start = first.start() if first else text.find("?") + 1
+    steps, labels = [], []
+    for count, end in enumerate(occurrences(text, mark)):
+        # in `label` one character stands for each mark; those within a question belong to no step
+        label = row["label"][end - len(mark) * (count + 1) + count : ][:1]
+        if end - len(mark) > start:
+            begin = max(start, text.rfind(mark, 0, end - len(mark)) + len(mark))
+            steps.append(text[begin : end - len(mark)].strip())
+            labels.append({"+": 1.0, "-": 0.0}.get(label))
+    return solution(text[:start].replace(mark, ""), steps, labels, finished=True)
+
+
+def from_prm800k(row: dict) -> list[dict]:
+    if row.get("is_quality_control_question") or row.get("is_initial_screening_question"):
+        return []
+    question, before, labels, out = row["question"]["problem"], [], [], []
+    good = lambda completion: float(completion["rating"] >= 0) if completion["rating"] is not None else None
+    for step in row["label"]["steps"]:
+        completions, chosen = step["completions"] or [], step["chosen_completion"]
+        for i, completion in enumerate(completions):
+            if i != chosen:  # a branch: of its steps only the last one is new
+                out += solution(question, [*before, completion["text"]], [*labels, good(completion)], last=True)
+        if chosen is None and not step["human_completion"]:
+            break
+        before.append((completions[chosen] if chosen is not None else step["human_completion"])["text"])
+        labels.append(good(completions[chosen]) if chosen is not None else 1.0)
+    return out + solution(question, before, labels, finished=row["label"]["finish_reason"] == "solution")
+
+
+def from_trl(row: dict) -> list[dict]:
+    return solution(row["prompt"], [step.strip() for step in row["completions"]], [float(x) for x in row["labels"]], True)
+
+
+SOURCES = {  # by the fields that a row has
+    ("question", "response", "cuts", "labels", "correct", "truncated"): lambda row: [row],
+    ("input", "label"): from_shepherd,
+    ("question", "label"): from_prm800k,
+    ("prompt", "completions", "labels"): from_trl,
+}
+
+
+def solution(
+    question: str, steps: list[str], labels: list[float | None], finished=False, last=False, separator: str = "\n"
+) -> list[dict]:  # fmt: skip
+    """One row, or none if a step has no label. last: only the last step's label is new. Whether a solution that is not
+    finished is right, nobody knows."""
+    if not steps or len(steps) != len(labels) or None in labels:
+        return []
+    pieces = [step + separator for step in steps[:-1]] + [steps[-1]]
+    cuts = [*accumulate(map(len, pieces))]
+    cuts, labels = (cuts[-1:], labels[-1:]) if last else (cuts, labels)
+    row = {"question": question, "response": "".join(pieces), "cuts": cuts, "labels": labels}
+    return [row | {"correct": min(labels) > 0.5 if finished else None, "truncated": not finished}]
+
+
+# ------------------------------------------------------------------------------------------------ how a model reads
+
+
+class Reader:
+    """Puts answers to a reward model the way that it was trained on: a Batch of B sequences, and in each the places of its
+    step scores. An answer is a row with question, response, truncated, and cuts, where its steps end in characters; its
+    own tokens (ids, ends) are read as they are if the model has the policy's tokenizer, which is then `policy_tokenizer`."""
+
+    def __init__(self, path: str, format: str, prompt: str, policy_tokenizer=None):
+        self.path, self.format, self.prompt = path, FORMATS.get(format), prompt
+        self.tokenizer = reward_tokenizer(path, format)
+        vocab = policy_tokenizer and policy_tokenizer.get_vocab()
+        self.same = format == "own" and vocab == self.tokenizer.get_vocab()
+        config = load_config(path)
+        limits = config.max_position_embeddings, getattr(config, "sliding_window", None)
+        self.limit = min(x for x in limits if x)
+
+    def __call__(self, rows: list[dict]) -> tuple[Batch, list[list[int]]]:
+        """Raises UserError if an answer is longer than the model can read."""
+        if self.format is None:
+            batch, ends = read_own(self.tokenizer, rows, self.prompt, self.same)
+        else:
+            read = [self.format.render(self.tokenizer, row["question"], steps_of(row)) for row in rows]
+            truncated = torch.tensor([row["truncated"] for row in rows], dtype=torch.bool)
+            batch = Batch([ids[:1] for ids, _ in read], [ids[1:] for ids, _ in read], truncated)
+            ends = [[mark - 1 for mark in marks] for _, marks in read]
+        longest = max((len(p) + len(r) for p, r in zip(batch.prompts, batch.responses)), default=0)
+        if longest > self.limit:
+            raise UserError(f"{self.path} reads {self.limit} tokens, and an answer takes {longest}: lower --max-new-tokens")
+        return batch, ends
+
+
+def read_own(tokenizer, rows: list[dict], prompt: str, same: bool = False) -> tuple[Batch, list[list[int]]]:
+    """The models that are trained here read what a policy writes: its prompt, the answer, and EOS if it is finished.
+    same: the rows have the policy's own tokens, which need not be what a tokenizer would make of their text."""
+    problems = [Problem(row["question"], "") for row in rows]
+    prompts = encode_prompts(tokenizer, problems, prompt, 1 << 30) if rows else []
+    responses, places = [row.get("ids") for row in rows], [row.get("ends") for row in rows]
+    for i, row in enumerate(rows if not same else []):
+        responses[i], places[i] = encode_steps(tokenizer, row["response"], row["cuts"])
+        if not row["truncated"]:
+            responses[i] = [*responses[i], tokenizer.eos_token_id]
+            if row["cuts"] and row["cuts"][-1] == len(row["response"]):
+                places[i][-1] = len(responses[i]) - 1
+    return Batch(prompts, responses, torch.tensor([row["truncated"] for row in rows], dtype=torch.bool)), places
+
+
+def steps_of(row: dict) -> list[str]:
+    return [row["response"][start:end] for start, end in zip([0, *row["cuts"]], row["cuts"])]
+
+
+def reward_tokenizer(path: str, format: str):
+    """Math-Shepherd's, of Llama's kind, begins a text with a space, which AutoTokenizer forgets if there is no
+    tokenizer.json; Skywork's has a BOS token in its model's configuration, if nowhere else."""
+    tokenizer = load_tokenizer(path, LlamaTokenizer if format == "shepherd" else AutoTokenizer)
+    if format == "skywork" and tokenizer.bos_token is None and (bos := load_config(path).bos_token_id) is not None:
+        tokenizer.bos_token = tokenizer.convert_ids_to_tokens(bos)
+    return tokenizer
+
+
+def render_qwen(tokenizer, question: str, steps: list[str]) -> tuple[list[int], list[int]]:
+    """Qwen2.5-Math-PRM-7B and -72B, Qwen2.5-Math-7B-PRM800K: a chat, <extra_0> behind each step."""
+    mark = "<extra_0>"
+    question, *steps = (without(mark, text) for text in (question, *steps))  # a policy must not write marks of its own
+    answer = "".join(step.strip() + mark for step in steps)
+    roles = (("system", SYSTEM), ("user", question), ("assistant", answer))
+    text = tokenizer.apply_chat_template([{"role": r, "content": c} for r, c in roles], tokenize=False)
+    return encode_steps(tokenizer, text, occurrences(text, mark))
+
+
+def render_shepherd(tokenizer, question: str, steps: list[str]) -> tuple[list[int], list[int]]:
+    """math-shepherd-mistral-7b-prm: "QUESTION Step 1: ... ки\\nStep 2: ... ки"; the mark's token begins with its space."""
+    mark = " ки"
+    question, *steps = (without("ки", text).strip() for text in (question, *steps))
+    numbered = [step if re.match(r"Step \d+:", step) else f"Step {k}: {step}" for k, step in enumerate(steps, 1)]
+    text = f"{question} " + "\n".join(step + mark for step in numbered)
+    return encode_steps(tokenizer, text, occurrences(text, mark), add_special_tokens=True)
+
+
+def without(mark: str, text: str) -> str:
+    while mark in text:  # what is left around a mark may be one
+        text = text.replace(mark, "")
+    return text
+
+
+def occurrences(text: str, mark: str) -> list[int]:
+    """Where each mark ends."""
+    return [match.end() for match in re.finditer(re.escape(mark), text)]
+
+
+def render_rlhflow(tokenizer, question: str, steps: list[str]) -> tuple[list[int], list[int]]:
+    """Llama3.1-8B-PRM-Mistral-Data and -Deepseek-Data: each step is a turn of the user's and "+" the answer to each, whose
+    logits stand at the token before it. The authors run the model once for each step; it is causal, so once is enough."""
+    before, between, after = around_turns(tokenizer)
+    text, cuts = before, []
+    for k, step in enumerate(steps):
+        text += (between if k else "") + (f"{question} {step.strip()}" if k == 0 else step).strip()
+        cuts.append(len(text) + between.index("+"))
+    return encode_steps(tokenizer, text + after, cuts)
+
+
+@lru_cache
+def around_turns(tokenizer) -> tuple[str, str, str]:
+    """The chat template's text before the first user's turn, from one to the next, and behind the last."""
+    turn = lambda text: [{"role": "user", "content": text}, {"role": "assistant", "content": "+"}]
+    turns = [*turn("<first>"), *turn("<second>")]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, date_string="26 Jul 2024")  # as Llama 3.1 has it
+    before, rest = text.split("<first>")
+    return before, *rest.split("<second>")
+
+
+def render_skywork(tokenizer, question: str, steps: list[str]) -> tuple[list[int], list[int]]:
+    """Skywork-o1-Open-PRM-Qwen-2.5-1.5B and -7B: every line, blank ones too, encoded by itself and ended by a newline; at
+    that of its last line a step is scored."""
+    ids, marks = tokenizer.encode((tokenizer.bos_token or "") + question + "\n"), []
+    newline = tokenizer.encode("\n")[-1]
+    for step, before in zip(steps, ["\n", *steps]):
+        step = step if before.endswith("\n") else step.removeprefix("\n")  # which we have given to the step before
+        text = step.rstrip("\n")
+        for line in text.split("\n"):
+            ids = ids + (tokenizer.encode(line) if line else []) + [newline]
+        marks.append(len(ids) - 1)
+        ids = ids + [newline] * (len(step) - len(text) - 1)
+    return ids, marks
+
+
+def render_trl(tokenizer, question: str, steps: list[str]) -> tuple[list[int], list[int]]:
+    """Token classifiers trained by TRL's PRMTrainer: question and steps encoded one by one, a newline behind each step."""
+    encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids, marks = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id], []
+    ids = ids + encode(question)
+    for step in steps:
+        ids = ids + encode(step.strip()) + encode("\n")
+        marks.append(len(ids) - 1)
+    return ids, marks
+
+
+@dataclass(frozen=True)
+class Format:
+    """Of a published PRM. All give two logits, or one, of which we keep the difference: the sigmoid of that is the softmax
+    over the two. So each is a ScalarModel, with weights from another place."""
+
+    render: Callable  # tokenizer, question, steps -> ids, and the index of each step's mark
+    head: Callable  # path, LM (on "meta": its shape alone), tokenizer -> the head: from hidden states to the difference
+    names: tuple[str, ...]  # parts of hub names, in lower case, or of the architecture in config.json
+
+
+def linear(size: int, weights: dict) -> nn.Linear:
+    head = nn.Linear(size, 1)
+    if weights:
+        head.load_state_dict({"weight": weights["weight"], "bias": weights.get("bias", torch.zeros(1))})
+    return head
+
+
+def difference(weights: dict, prefix: str = "") -> dict:
+    """Of the second class's row and the first one's."""
+    rows = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
+    return {name: x[1:] - x[:1] for name, x in rows.items()}
+
+
+def published(path: str, lm, prefix: str, sizes: dict[str, tuple]) -> dict:
+    """The head's weights as they are in the files, none if the LM is a shape alone."""
+    weights = {} if lm.device.type == "meta" else read_tensors(path, prefix)
+    for name, size in sizes.items() if lm.device.type != "meta" else ():
+        if name not in weights or weights[name].shape != size:
+            want = "x".join(map(str, size))
+            raise UserError(f"{path}: has no weight {prefix}{name} of {want}, so it is of another format: see --prm-format")
+    return weights
+
+
+def two_words(path: str, lm, tokenizer) -> nn.Linear:
+    """The logits of "+" and "-", of the LM itself."""
+    output = lm.get_output_embeddings().weight
+    vocab = tokenizer.get_vocab()
+    plus, minus = (vocab.get("▁" + word, vocab[word]) for word in "+-")  # Mistral's begin with a space
+    weights = {} if output.is_meta else {"weight": (output[plus].float() - output[minus].float())[None].detach()}
+    return linear(output.shape[1], weights)
+
+
+def two_classes(path: str, lm, tokenizer) -> nn.Linear:
+    H, bias = lm.config.hidden_size, getattr(lm.config, "token_classification_bias", True)
+    return linear(H, difference(published(path, lm, "score.", {"weight": (2, H), **({"bias": (2,)} if bias else {})})))
+
+
+def two_classes_mlp(path: str, lm, tokenizer) -> nn.Sequential:
+    size = lm.config.hidden_size
+    sizes = {"0.weight": (size, size), "0.bias": (size,), "2.weight": (2, size), "2.bias": (2,)}
+    weights = published(path, lm, "score.", sizes)
+    hidden = nn.Linear(size, size)
+    if weights:
+        hidden.load_state_dict({"weight": weights["0.weight"], "bias": weights["0.bias"]})
+    return nn.Sequential(hidden, nn.ReLU(), linear(size, difference(weights, "2.")))
+
+
+def value_head(path: str, lm, tokenizer) -> nn.Linear:
+    size = lm.config.hidden_size
+    return linear(size, published(path, lm, "v_head.summary.", {"weight": (1, size), "bias": (1,)}))
+
+
+FORMATS = {
+    "qwen": Format(render_qwen, two_classes_mlp, ("qwen2forprocessrewardmodel", "qwen2.5-math-prm", "7b-prm800k")),
+    "shepherd": Format(render_shepherd, two_words, ("math-shepherd-mistral-7b-prm",)),
+    "rlhflow": Format(render_rlhflow, two_words, ("8b-prm-mistral-data", "8b-prm-deepseek-data")),
+    "skywork": Format(render_skywork, value_head, ("skywork-o1-open-prm",)),
+    "trl": Format(render_trl, two_classes, ("fortokenclassification",)),
+}
+
+
+def find_format(path: str, asked: str = "") -> str:
+    """The format of a reward model by its files and its name; "own" for those trained here. Raises UserError if it is of
+    none that is known."""
+    if asked:
+        return asked
+    if Path(path, "head.json").is_file():
+        return "own"
+    if Path(path).is_dir() and not Path(path, "config.json").is_file():
+        raise UserError(f"{path}: not a reward model (it has no config.json)")
+    known = " ".join([path, *(load_config(path).architectures or [])]).lower()
+    for name, format in FORMATS.items():
+        if any(part in known for part in format.names):
+            return name
+    raise UserError(
+        f"{path}: neither a reward model that prm.py trained (it has no head.json) nor one of a name that is known; say how "
+        f"it reads with --prm-format {', '.join(FORMATS)}"
+    )
+
+
+def load_reward_model(path: str, dtype=torch.float32, device="cpu", format: str = "") -> ScalarModel:
+    """One that was trained here, or published in one of the FORMATS, without running any code of its authors'. On the
+    "meta" device its shape alone. Raises UserError if it cannot be loaded."""
+    format = find_format(path, format)
+    if format == "own":
+        return ScalarModel.load(path, dtype, device)
+    kind = FORMATS[format]
+    from_words = kind.head is two_words
+    lm = load_causal_lm(path, dtype, device, headless=not from_words)
+    with torch.device("meta" if str(device) == "meta" else "cpu"):
+        head = kind.head(path, lm, reward_tokenizer(path, format))
+    return ScalarModel(without_head(lm, True), head=head, format=format).eval()
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -178,18 +516,12 @@ def held_out(question: str) -> bool:
     return zlib.crc32(question.encode()) % 10 == 9
 
 
-def to_batch(rows: list[dict], tokenizer, prompt: str, max_prompt_tokens: int = 1 << 30) -> Batch:
-    problems = [Problem(row["question"], "") for row in rows]
-    prompts = encode_prompts(tokenizer, problems, prompt, max_prompt_tokens)
-    return Batch(prompts, [row["ids"] for row in rows], torch.tensor([row["truncated"] for row in rows]))
-
-
-def targets(rows: list[dict], kind: str, labels: str) -> list[list[tuple[int, float]]]:
+def targets(rows: list[dict], batch: Batch, ends: list[list[int]], kind: str) -> list[list[tuple[int, float]]]:
     """For each solution the tokens that carry a label, and the label: step ends for a PRM, the last token for an ORM."""
     if kind == "orm":
-        return [[(len(row["ids"]) - 1, float(row["correct"]))] for row in rows]
-    value = (lambda x: float(x > 0)) if labels == "hard" else float
-    return [[(end, value(label)) for end, label in zip(row["ends"], row["labels"])] for row in rows]
+        known = [ids and row["correct"] is not None for row, ids in zip(rows, batch.responses)]
+        return [[(len(ids) - 1, float(row["correct"]))] if k else [] for k, row, ids in zip(known, rows, batch.responses)]
+    return [[(t, float(y)) for t, y in zip(places, row["labels"])] for row, places in zip(rows, ends)]
 
 
 def train_reward_model(
@@ -200,8 +532,8 @@ def train_reward_model(
     being finite."""
     o = options
     rows = [row for row in rows if not held_out(row["question"])]
-    marks = targets(rows, o.kind, o.labels)
-    batch = to_batch(rows, tokenizer, prompt)
+    batch, ends = read_own(tokenizer, rows, prompt)
+    marks = targets(rows, batch, ends, o.kind)
     usable = [i for i, m in enumerate(marks) if m]
     if not usable:
         raise UserError(f"none of the {len(rows)} labelled solutions has a complete step: nothing to train the {o.kind} on")
@@ -299,21 +631,24 @@ def quality(scores: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def evaluate_reward_model(
-    model, tokenizer, rows: list[dict], options: TrainOptions, *, prompt: str, device="cpu", token_budget: int = 16384,
-    rank: int = 0, world: int = 1,
+    model, read: Callable, rows: list[dict], kind: str, *, device="cpu", token_budget: int = 16384, rank: int = 0,
+    world: int = 1,
 ) -> dict[str, float]:  # fmt: skip
-    """Quality on held-out questions against the labels; of a PRM in the embedded world against the exact oracle too."""
+    """Quality on held-out questions against the labels; of a PRM in the embedded world against the exact oracle too.
+
+    read: a Reader, or what returns the same."""
     rows = [row for row in rows if held_out(row["question"])]
-    marks = targets(rows, options.kind, options.labels)
+    batch, ends = read(rows)
+    marks = targets(rows, batch, ends, kind)
     if not any(marks):
         return {}
-    batch, mine = to_batch(rows, tokenizer, prompt), list(range(rank, len(rows), world))
+    mine = list(range(rank, len(rows), world))
     scores = score_tokens(model, batch, batch.plans([mine], token_budget)[0], device)
     flat = dict(gather([(i, [scores[i, t].item() for t, _ in marks[i]]) for i in mine]))
     flat = torch.tensor([score for i in range(len(rows)) for score in flat[i]])
     result = quality(flat, torch.tensor([y for m in marks for _, y in m]))
-    if options.kind == "prm" and all(is_toy(row["question"]) for row in rows):
-        exact = [x for row in rows for x in oracle(row["question"], row["response"])[: len(row["ends"])]]
+    if kind == "prm" and all(is_toy(row["question"]) for row in rows):
+        exact = [x for row in rows for x in oracle(row["question"], row["response"])[: len(row["cuts"])]]
         result["auroc_oracle"] = auroc(flat, torch.tensor(exact, dtype=torch.float))
     return {k: v for k, v in result.items() if v == v}  # no AUROC (nan) where only one class occurs
 
@@ -342,6 +677,72 @@ def cached(cache: Path, what: str, title: str, key: dict, make, rank: int = 0) -
     return folder
 
 
+def in_blocks(
+    path: Path, what: str, settings: dict, total: int, each: int, make, rank: int = 0, world: int = 1,
+    figures: dict | None = None, size: int = 64,
+) -> None:  # fmt: skip
+    """Fill a JSONL file with `each` rows of every index below `total`, in order. make(indices) gives the rows of a block of
+    `size` indices, each with its "index"; `figures` are shown beside the progress bar.
+
+    Every rank writes its blocks as they come to a file of its own, in PATH.parts/. A later call, in whatever world, goes on
+    from the blocks that are there: they are always the same, and made whole, so that an interrupted file ends as one that
+    was not. Raises UserError for a file of other settings, or one that is in use."""
+    parts = path.with_name(path.name + ".parts")
+    held = on_rank_0(lambda: lock(parts / "lock"), share=False)
+    missing = on_rank_0(lambda: left_to_do(path, parts, what, settings, total, each, size))
+    mine = [range(i, min(i + size, total)) for i in missing[rank::world]]
+    share = total if world == 1 else sum(map(len, mine))  # one rank's alone: the others do not wait for it
+    bar = tqdm(total=share, initial=share - sum(map(len, mine)), desc=what, unit="question", disable=rank > 0 or not missing)
+    for block in mine:
+        append(parts / f"{rank}.jsonl", make(block))
+        bar.update(len(block))
+        bar.set_postfix(figures or {})
+    bar.close()
+    barrier()
+    if rank == 0:
+        if missing:
+            lines = whole_lines([path, *sorted(parts.glob("*.jsonl"))], each)
+            write(path, "".join(line for i in range(total) for line in lines[i]))
+        for file in parts.glob("*"):
+            file.unlink()
+        held.close()
+        parts.rmdir()
+    barrier()
+
+
+def left_to_do(path: Path, parts: Path, what: str, settings: dict, total: int, each: int, size: int) -> list[int]:
+    """The first indices of the blocks that are missing. What there is of others is collected in one file."""
+    sidecar = path.with_name(path.name + ".settings")
+    if path.exists() and path.stat().st_size and not sidecar.exists():
+        raise UserError(f"{path} exists and is not one of our {what}: choose another --out")
+    old = json.loads(sidecar.read_text()) if sidecar.exists() else settings
+    if changed := [f"{k} {old.get(k)} -> {v}" for k, v in settings.items() if old.get(k) != v]:
+        raise UserError(f"{path} was made with other settings ({', '.join(changed)}); remove it or choose another --out")
+    write(sidecar, json.dumps(settings))
+    files = [path, *sorted(parts.glob("*.jsonl"))]
+    lines = whole_lines(files, each)
+    missing = [i for i in range(0, total, size) if any(j not in lines for j in range(i, min(i + size, total)))]
+    if missing:
+        kept = [line for i in sorted(lines) if i // size * size not in missing for line in lines[i]]
+        write(parts / "done.jsonl", "".join(kept))
+        for file in files:
+            if file != parts / "done.jsonl":
+                file.unlink(missing_ok=True)
+    return missing
+
+
+def whole_lines(files: list[Path], each: int) -> dict[int, list[str]]:
+    """The lines of every index that has `each` of them in one file; a kill may have cut the last one."""
+    out = {}
+    for file in files:
+        found = {}
+        for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []:
+            if line.endswith("\n"):
+                found.setdefault(json.loads(line)["index"], []).append(line)
+        out |= {i: lines for i, lines in found.items() if len(lines) == each}
+    return out
+
+
 def identity(path: str) -> str:
     """What a cache was made from. For local files also their times of change, so that a new model is a new key."""
     p = Path(path)
@@ -358,29 +759,31 @@ def prepare_reward_model(
 
     problems() gives the questions; it is called only if the labels are not there yet. token_budget: packed tokens of a
     micro-batch of the training; checkpointed: it recomputes its activations."""
-    key = {"model": identity(model), "completer": identity(completer), "data": identity(data), **asdict(label_options)}
-    tokenizer = load_tokenizer(model)
+    sources = [f"{identity(name)} {weight or ''}" for name, weight in mixture(data).items()]
+    key = {"model": identity(model), "completer": identity(completer), "data": sources, **asdict(label_options)}
+    tokenizer, reads = load_tokenizer(model), load_tokenizer(completer)
 
     def label(folder):
         policy = load_causal_lm(model, dtype, device)
         other = policy if completer == model else load_causal_lm(completer, dtype, device)
-        make_labels(policy, other, tokenizer, problems(), label_options, folder / "labels.jsonl", rank, world)
+        make_labels(policy, other, tokenizer, problems(), label_options, folder / "labels.jsonl", rank, world, reads)
 
     def train(folder):
-        rows = read_labels(labels / "labels.jsonl")
+        rows = read_labels(str(labels / "labels.jsonl"))
         model = shard(lambda home: new_reward_model(completer, train_options, home), dtype, device)
         if checkpointed:
             checkpoint_layers(model)
-        where = dict(prompt=label_options.prompt, device=device, rank=rank, world=world, token_budget=token_budget)
-        train_reward_model(model, tokenizer, rows, train_options, seed=label_options.seed, **where)
-        quality = evaluate_reward_model(model, tokenizer, rows, train_options, **where)
-        model.save(tokenizer, folder, rank)
+        where = dict(device=device, rank=rank, world=world, token_budget=token_budget)
+        prompt = label_options.prompt
+        train_reward_model(model, reads, rows, train_options, seed=label_options.seed, prompt=prompt, **where)
+        read = lambda rows: read_own(reads, rows, prompt)
+        quality = evaluate_reward_model(model, read, rows, train_options.kind, **where)
+        model.save(reads, folder, rank)
         if rank == 0:
             (folder / "quality.json").write_text(json.dumps(quality, indent=1))
 
-    same_tokenizer(tokenizer, completer)
     o, kind = label_options, train_options.kind
-    title = f"labels of {o.problems} questions, {o.completions} completions a step"
+    title = f"labels of {o.problems} questions, up to {o.completions} completions a step"
     labels = cached(cache, "labels", title, key, label, rank)
     folder = cached(cache, kind, f"{kind} on these labels", {**key, **asdict(train_options)}, train, rank)
     if rank == 0:
@@ -402,10 +805,12 @@ def print_quality(quality: dict[str, float]) -> None:
 
 @dataclass
 class Options:
-    model: str = option("", "label: the policy; train: the LM to start from; test: the reward model's folder")
+    model: str = option("", "label: the policy; train: the LM to start from; test: a reward model, by folder or hub name")
     completer: str = option("", "label: the model that completes prefixes; empty: the policy")
     data: str = option("", "label: problems by name or file, see data.py")
-    labels_file: str = option("", "train, test: what `label` wrote")
+    labels_file: str = option("", "train, test: what `label` wrote, or labels of others, see read_labels")
+    prm_format: str = option("", "test: how a published PRM reads, where its name does not say", choices=["", *FORMATS])
+    dtype: str = option("float32", "of the forward passes; weights in training stay float32", choices=list(DTYPES))
     out: str = option("", "label: the JSONL file to write; train: the folder to write")
 
 
@@ -427,29 +832,36 @@ def main() -> None:
     for name in needed[stage]:
         if not getattr(o, name):
             raise UserError(f"{stage} needs --{name.replace('_', '-')}, see python prm.py --help")
+    if o.prm_format and stage != "test":
+        raise UserError("--prm-format says how a published PRM reads, for the stage test: drop it")
     rank, world, device = start_processes()
     with watching(rank, world):
         run_stage(stage, o, label_options, train_options, rank, world, device)
 
 
 def run_stage(stage: str, o: Options, label_options: LabelOptions, train_options: TrainOptions, rank, world, device) -> None:
-    tokenizer, prompt = load_tokenizer(o.model), label_options.prompt
+    prompt, dtype = label_options.prompt, DTYPES[o.dtype]
     if stage == "label":
-        problems = load_problems(o.data, "train", label_options.problems)
-        policy = completer = load_causal_lm(o.model, device=device)
+        problems, _ = load_mixture(o.data, "train", label_options.problems)
+        tokenizer = load_tokenizer(o.model)
+        reads = load_tokenizer(o.completer) if o.completer else tokenizer
+        policy = completer = load_causal_lm(o.model, dtype, device)
         if o.completer:
-            same_tokenizer(tokenizer, o.completer)
-            completer = load_causal_lm(o.completer, device=device)
-        make_labels(policy, completer, tokenizer, problems, label_options, Path(o.out), rank, world)
+            completer = load_causal_lm(o.completer, dtype, device)
+        make_labels(policy, completer, tokenizer, problems, label_options, Path(o.out), rank, world, reads)
         return
-    rows = read_labels(o.labels_file)
-    make = (lambda home: new_reward_model(o.model, train_options, home)) if stage == "train" else (
-        lambda home: ScalarModel.load(o.model, device=home))  # fmt: skip
-    model, where = shard(make, torch.float32, device), dict(prompt=prompt, device=device, rank=rank, world=world)
+    rows, where = read_labels(o.labels_file), dict(device=device, rank=rank, world=world)
     if stage == "train":
-        train_reward_model(model, tokenizer, rows, train_options, seed=label_options.seed, **where)
+        tokenizer = load_tokenizer(o.model)
+        model = shard(lambda home: new_reward_model(o.model, train_options, home), dtype, device)
+        train_reward_model(model, tokenizer, rows, train_options, seed=label_options.seed, prompt=prompt, **where)
         model.save(tokenizer, o.out, rank)
-    quality = evaluate_reward_model(model, tokenizer, rows, train_options, **where)
+        read = lambda rows: read_own(tokenizer, rows, prompt)
+    else:
+        form = find_format(o.model, o.prm_format)
+        read = Reader(o.model, form, prompt)
+        model = shard(lambda home: load_reward_model(o.model, dtype, home, form), dtype, device)
+    quality = evaluate_reward_model(model, read, rows, train_options.kind, **where)
     if rank == 0:
         print_quality(quality)
 

@@ -10,14 +10,14 @@ chosen reward reads. A run writes to RUNS_DIR/NAME: config.json, metrics.jsonl (
 (a few answers of each), checkpoint-N/, and at the end model/ in Hugging Face format. It may be killed at any moment:
 --name NAME --resume goes on from its last checkpoint.
 
-Left out: mixtures of data sets, logging services.
+Left out: curricula, training questions made on the way.
 """
 
 import argparse
 import copy
 import gc
+import importlib.util
 import json
-import math
 import os
 import random
 import shutil
@@ -38,25 +38,25 @@ from transformers import HfArgumentParser
 
 import prm
 from data import (
-    TextOptions, UserError, encode_prompts, is_toy, load_problems, option, oracle, run_script, toy_problems,
-    toy_solution, toy_tokenizer,
+    TextOptions, UserError, append, drop_known, encode_prompts, is_toy, load_mixture, mixture, option, oracle, run_script,
+    toy_problems, toy_solution, toy_tokenizer, write,
 )  # fmt: skip
-from eval import before_after, evaluate, judge
+from eval import before_after, evaluate, judge, summarise
 from grader import VERDICTS
 from model import (
-    Muon, NonFinite, ScalarModel, all_reduce, barrier, checkpoint_layers, eos_ids, gather, load_causal_lm, load_tokenizer,
-    lock, model_shape, on_rank_0, optimizer_step, replica, same_tokenizer, save_lm, shard, side_by_side, start_processes,
+    DTYPES, Muon, NonFinite, ScalarModel, all_reduce, barrier, checkpoint_layers, eos_ids, gather, load_causal_lm,
+    load_tokenizer, lock, model_shape, on_rank_0, optimizer_step, replica, save_lm, shard, side_by_side, start_processes,
     sync, toy_model, watching,
 )  # fmt: skip
 from ppo import (
     EFFICIENCY, RESERVE, Policy, Rollout, ValueNorm, explained_variance, gae, hours, memory, minibatches, score_values,
     total, update, whiten,
 )  # fmt: skip
+from prm import FORMATS
 from rewards import PROCESS, REWARDS, refine, token_rewards
 from rollout import Batch, Sampler, rollout
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a checkpoint of a single process
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass
@@ -64,9 +64,11 @@ class Options(TextOptions):
     reward: str = option("delta", "success, orm, prm, clip, delta or clip-delta", choices=list(REWARDS))
     preset: str = option("", "toy, or one of the paper's models, see PRESETS; default: by hardware, with --model none")
     model: str = option("", "policy: a folder or hub name; empty: the embedded world's own")
-    data: str = option("gsm8k", "training problems: toy, gsm8k, math, mathinstruct, a hub name or a JSONL file")
-    eval_data: str = option("", "evaluation problems; empty: the test split of --data, or --data if it is a file")
-    prm: str = option("", "folder of a process reward model; empty: label and train one")
+    data: str = option("gsm8k", "training problems: toy, gsm8k, math, mathinstruct, a hub name or a file; a mixture by "
+                       "weights: NAME=WEIGHT,NAME=WEIGHT")  # fmt: skip
+    eval_data: str = option("", "evaluation problems, one or several sets: NAME,NAME; empty: the test split of --data")
+    prm: str = option("", "process reward model: a folder, or a published one by hub name; empty: label and train one")
+    prm_format: str = option("", "how a published --prm reads, where its name does not say", choices=["", *FORMATS])
     orm: str = option("", "folder of an outcome reward model; empty: label and train one")
     completer: str = option("", "model that completes step prefixes for the labels; empty: the policy")
     # the reward: alpha * r + Correct - beta * log(pi / pi_ref)
@@ -106,7 +108,7 @@ class Options(TextOptions):
     rm_head_lr: float = option(1e-3, "learning rate of the reward model's head")
     rm_likelihood: bool = option(False, "let the head read the LM's own lowest log-probability")
     # the run
-    eval_problems: int = option(200, "evaluation problems")
+    eval_problems: int = option(200, "evaluation problems, of each set")
     eval_every: int = option(10, "iterations between evaluations; 0: only before and after")
     seed: int = option(0, "of the run: problems' order, sampling, minibatches")
     prepare_seed: int = option(0, "of the preparation: warm start, labels, reward model")
@@ -117,6 +119,7 @@ class Options(TextOptions):
     resume_from: int = option(0, "with --resume: from the checkpoint of this iteration; later ones are removed")
     save_every: int = option(10, "iterations between checkpoints; 0: only at the end")
     keep: int = option(2, "how many of the last checkpoints are kept")
+    log: str = option("", "log to this as well, if it is installed", choices=["", "tensorboard", "wandb"])
     # the plan
     plan: bool = option(False, "print what an iteration takes in memory and time, and stop; needs neither GPU nor network")
     gpus: int = option(0, "with --plan: how many GPUs, in nodes of 8; 0: 8")
@@ -133,12 +136,20 @@ PRESETS = {
         threads=2,  # more do not help so small a model
     ),
 }  # fmt: skip
-# The paper's six models. Its learning rates, alpha, beta and eta are not published: those here are ours.
+# The paper's six models. Batch, training and evaluation questions and completer are the paper's. What it leaves open is
+# ours, for these reasons:
+#   alpha, eta, beta, learning rates, epochs  the general defaults above; ALPHA is what the embedded world bore
+#   4 minibatches, gamma = lambda = 1         ReaLHF's defaults, the authors' own system
+#   max_new_tokens 1024                       Qwen's solutions of MATH rarely need more, and a hacked one must end
+#   separator                                 a blank line, where Qwen's models end a step, and Qwen's PRMs too
+#   2,000 labelled questions, 4 completions   a few hours of 8 GPUs; Math-Shepherd took 8 completions
+#   the reward model starts from the completer, and judges solutions that the policy itself sampled
 for family in ("Qwen2", "Qwen2-Math", "Qwen2.5-Math"):
     for size, questions in (("1.5B", 1024), ("7B", 4096)):
         PRESETS[f"{family}-{size}-Instruct".lower()] = dict(
-            model=f"Qwen/{family}-{size}-Instruct", data="mathinstruct", eval_data="math", separator="\n\n",
-            dtype="bfloat16", questions=questions, samples=8, max_new_tokens=1024, label_problems=2000, eval_problems=5000,
+            model=f"Qwen/{family}-{size}-Instruct", completer="Qwen/Qwen2-7B-Instruct", data="mathinstruct",
+            eval_data="math,gsm8k", eval_problems=5000, separator="\n\n", dtype="bfloat16", questions=questions, samples=8,
+            max_new_tokens=1024, label_problems=2000,
             **(dict(checkpoint_activations=True, slots=96) if size == "7B" else {}),  # see --plan
         )  # fmt: skip
 DEFAULT = "qwen2-1.5b-instruct"  # with CUDA
@@ -174,7 +185,7 @@ def plan(o: Options, gpus: int, gpu_memory: float, node: int, longest: int) -> t
     """A table of each GPU's memory by part, the largest slots and token budget that fit, and hours by phase; and what to
     change if it does not fit."""
     config, b = model_shape(o.model), torch.finfo(DTYPES[o.dtype]).bits // 8
-    reward_config = model_shape(o.prm or o.orm) if o.prm or o.orm else None
+    reward_config = model_shape(o.prm or o.orm or o.completer or o.model) if reward_model_kind(o.reward) else None
     shape, sharded = dict(ranks=gpus, b=b, reward_config=reward_config), gpus > 1 or b < 4
     parts = lambda **new: memory(
         config, replace(o, **new), shards=min(gpus, node), longest=longest, sharded=sharded, **shape
@@ -200,6 +211,7 @@ def plan(o: Options, gpus: int, gpu_memory: float, node: int, longest: int) -> t
         f"an iteration: {tokens / 1e6:.1f} million tokens of answers, if these are half as long as they may be,",
         f"  and {sum(time.values()):.3f} hours at {EFFICIENCY:.0%} of an H100: "
         + ", ".join(f"{phase} {x:.3f}" for phase, x in time.items()),
+        "the run: " + ", ".join(f"{phase} {x:.2f} hours" for phase, x in run_hours(config, o, time, **shape).items()),
     ]
     ways, less = [], {}
     for flag in ("", "checkpoint_activations", "offload_frozen"):
@@ -210,6 +222,25 @@ def plan(o: Options, gpus: int, gpu_memory: float, node: int, longest: int) -> t
             ways.append(" ".join([*flags, f"--slots {slots}"]))
     ways.append("more GPUs, a smaller --token-budget or a smaller model")
     return "\n".join(lines), "" if fits() else f"this does not fit: use {', or '.join(dict.fromkeys(ways))}"
+
+
+def run_hours(config, o: Options, iteration: dict, reward_config, ranks: int, b: int) -> dict[str, float]:
+    """Hours of a whole run by phase: what is made before it (labels with all completions, solutions of 8 steps), PPO, and
+    the evaluations, each greedy and sampled. Downloads are not counted."""
+    sampling = lambda config, answers, tokens: hours(
+        config, replace(o, questions=int(answers), samples=1, max_new_tokens=int(tokens)), ranks=ranks, prompt=150, b=b
+    )["sampling"]  # fmt: skip
+    out, T = {}, o.max_new_tokens
+    if reward_model_kind(o.reward) and not (o.prm or o.orm):
+        solutions = min(o.label_problems, 10**9) * o.label_samples
+        out["labels"] = sampling(config, solutions, T)
+        out["labels"] += sampling(reward_config, solutions * 8 * o.completions, T / 2)
+        passes = replace(o, questions=solutions, samples=1, epochs=o.rm_epochs)
+        out["reward model"] = hours(reward_config, passes, ranks=ranks, prompt=150, b=b)["update"] / 2  # no critic
+    out["PPO"] = o.iterations * sum(iteration.values())
+    evaluations = 2 + (o.iterations - 1) // o.eval_every if o.eval_every else 2
+    out["evaluation"] = evaluations * 2 * sampling(config, o.eval_problems * len(mixture(o.eval_data or o.data)), T)
+    return out
 
 
 def check_share(o: Options, world: int) -> None:
@@ -230,6 +261,10 @@ def check(o: Options) -> None:
     for name in ("prm", "orm"):
         if getattr(o, name) and kind != name:
             raise UserError(f"--{name} is not used by --reward {o.reward}: drop it, or choose a reward that uses it")
+    if o.prm_format and not o.prm:
+        raise UserError("--prm-format says how the --prm reads: give both, or neither")
+    if o.log and importlib.util.find_spec(o.log) is None:
+        raise UserError(f"--log {o.log} needs the package {o.log}: pip install it, or drop it")
     if kind and not getattr(o, kind) and o.label_problems <= 0:
         raise UserError(f"--reward {o.reward} needs a reward model: give --{kind} DIR, or let --label-problems be above 0")
     if o.reward == "success" and o.alpha is not None:
@@ -306,9 +341,9 @@ def warm_start(seed: int, folder: Path, rank: int, world: int, device) -> None:
             tokenizer.save_pretrained(folder / name)
 
 
-def prepare(o: Options, found: list, rank: int, world: int, device) -> tuple[str, str]:
+def prepare(o: Options, found: list, parts: list, rank: int, world: int, device) -> tuple[str, str]:
     """The folders (or hub names) of the policy to start from and of the reward model ("" for success), made if need be;
-    labels come from some of the problems `found`, or from the embedded world's own supply."""
+    labels come from some of the problems `found`, of each part its share, or from the embedded world's own supply."""
     cache, policy, completer = Path(o.runs_dir) / "cache", o.model, o.completer or o.model
     if not policy:
         make = lambda folder: warm_start(o.prepare_seed, folder, rank, world, device)
@@ -321,17 +356,20 @@ def prepare(o: Options, found: list, rank: int, world: int, device) -> tuple[str
     def problems():
         if o.data == "toy":
             return toy_problems("train", o.label_problems, seed=3000 + o.prepare_seed)
-        return random.Random(o.prepare_seed).sample(found, min(o.label_problems, len(found)))
+        rng, rest, out = random.Random(o.prepare_seed), iter(found), []
+        for (n, _), count in zip(parts, shares(o.label_problems, [weight for _, weight in parts])):
+            out += rng.sample([next(rest) for _ in range(n)], min(count, n))
+        return rng.sample(out, len(out))
 
     labels = prm.LabelOptions(
         o.prompt, o.separator, o.max_prompt_tokens, o.max_new_tokens, problems=o.label_problems, samples=o.label_samples,
-        completions=o.completions, temperature=o.temperature, slots=o.slots, seed=o.prepare_seed,
+        completions=o.completions, labels=o.labels, temperature=o.temperature, slots=o.slots, seed=o.prepare_seed,
     )  # fmt: skip
-    training = prm.TrainOptions(kind, o.labels, o.rm_epochs, o.rm_lr, o.rm_head_lr, likelihood=o.rm_likelihood)
+    training = prm.TrainOptions(kind, o.rm_epochs, o.rm_lr, o.rm_head_lr, likelihood=o.rm_likelihood)
     dtype = DTYPES[o.dtype]
     return policy, prm.prepare_reward_model(
         cache, policy, completer, o.data, problems, labels, training, dtype=dtype, device=device, rank=rank, world=world,
-        token_budget=o.token_budget, checkpointed=o.checkpoint_activations,
+        token_budget=o.token_budget, checkpointed=o.checkpoint_activations or device.type == "cuda",  # often larger
     )  # fmt: skip
 
 
@@ -343,7 +381,7 @@ class Trainer:
 
     def __init__(self, o: Options, data: tuple, model: str, reward_model: str, rank: int, world: int, device):
         self.o, self.rank, self.world, self.device = o, rank, world, device
-        self.problems, self.prompts, self.test = data
+        self.problems, self.prompts, self.test, self.parts = data
         self.toy = all(is_toy(p.question) for p in self.problems)  # of all ranks' problems: they must log the same metrics
         self.dtype = DTYPES[o.dtype]
         self.tokenizer = load_tokenizer(model)
@@ -358,8 +396,9 @@ class Trainer:
         self.sampler = Sampler(replica(self.policy.lm, self.dtype, device))
         self.reward_model = None
         if reward_model:
-            same_tokenizer(self.tokenizer, reward_model)
-            low = lambda home: ScalarModel.load(reward_model, self.dtype, home).requires_grad_(False)
+            form = prm.find_format(reward_model, o.prm_format)
+            self.read = prm.Reader(reward_model, form, o.prompt, self.tokenizer)
+            low = lambda home: prm.load_reward_model(reward_model, self.dtype, home, form).requires_grad_(False)
             self.reward_model = on_gpus(low, offload=o.offload_frozen)
         self.eos = on_rank_0(lambda: eos_ids(self.policy.lm, self.tokenizer))  # which is in a file that rank 0 alone reads
         # the second moments must forget within a run of tens of steps, hence the low betas
@@ -384,7 +423,7 @@ class Trainer:
         total = o.questions * o.samples
         deals = [minibatches(keys, total, o.minibatches, hash_seed(o.seed, iteration, e)) for e in range(o.epochs)]
         plans = batch.plans([rows for deal in deals for rows in deal], o.token_budget)
-        logp, ref_logp, raw_values, raw_final, scores, outcome = self.score(batch, plans[: o.minibatches], ends)
+        logp, ref_logp, raw_values, raw_final, scores, outcome = self.score(batch, plans[: o.minibatches], ends, answers)
         clock("score")
 
         # 4. reward each token
@@ -433,11 +472,16 @@ class Trainer:
         return log, few
 
     def questions(self, iteration: int) -> list[int]:
-        """Indices of the iteration's questions: every question once in each pass over the data, in an order of its own."""
-        n, Q = len(self.problems), self.o.questions
-        places = range((iteration - 1) * Q, iteration * Q)
-        orders = {e: random.Random(f"{self.o.seed}-{e}").sample(range(n), n) for e in {p // n for p in places}}
-        return [orders[p // n][p % n] for p in places]
+        """Indices of the iteration's questions: of each data set its share, and every question once in each pass over its
+        set, in an order of its own."""
+        Q, out, first = self.o.questions, [], 0
+        before, upto = (shares((iteration - i) * Q, [weight for _, weight in self.parts]) for i in (1, 0))
+        for (n, _), start, end in zip(self.parts, before, upto):
+            places = range(start, end)
+            orders = {e: random.Random(f"{self.o.seed}-{e}").sample(range(n), n) for e in {p // n for p in places}}
+            out += [first + orders[p // n][p % n] for p in places]
+            first += n
+        return out
 
     def share(self, chosen: list[int]) -> list[int]:
         """Which of the iteration's questions are this rank's. Long questions get long answers: dealt longest first, there
@@ -462,10 +506,14 @@ class Trainer:
         keys = [q * o.samples + j for q in mine for j in range(o.samples)]
         return [self.problems[chosen[q]] for q in mine], samples, batch, keys
 
-    def score(self, batch: Batch, plans: list, ends):
+    def score(self, batch: Batch, plans: list, ends, answers: list[dict]):
         """Log-probabilities of policy and reference (B, T), the critic's raw values (B, T) and final values (B,), and
         the reward model's step scores (B, K) or outcome scores (B,), None where the reward has none."""
         o, plan, device = self.o, [rows for minibatch in plans for rows in minibatch], self.device
+        read = batch, ends, plan
+        if self.reward_model is not None and not self.read.same:  # another tokenizer, or another format: other tokens
+            other, places = self.read(answers)
+            read = other, prm.pad_steps(places)[0], other.plans([list(range(len(answers)))], o.token_budget)[0]
         logp_by = lambda policy: batch.map(lambda _, *packed: policy(*packed, o.temperature)[0], plan, device)
         jobs = [
             lambda: logp_by(self.policy),
@@ -473,9 +521,9 @@ class Trainer:
             lambda: score_values(self.critic, batch, plan, device),
         ]
         if o.reward == "orm":
-            jobs.append(lambda: prm.score_outcomes(self.reward_model, batch, plan, device))
+            jobs.append(lambda: prm.score_outcomes(self.reward_model, read[0], read[2], device))
         elif o.reward in PROCESS:
-            jobs.append(lambda: prm.score_steps(self.reward_model, batch, ends, plan, device))
+            jobs.append(lambda: prm.score_steps(self.reward_model, *read, device))
         logp, ref_logp, (values, final), *learned = side_by_side(*jobs)
         learned = learned[0] if learned else None
         if learned is not None and (bad := int(all_reduce((~learned.isfinite()).sum()))):
@@ -509,6 +557,10 @@ class Trainer:
             )  # fmt: skip
             out |= {f"{way}_{k}": v for k, v in result.items()}
             first = first or answers[:3]
+            sources = {p.source for p in self.test}
+            for source in sorted(sources) if len(sources) > 1 else ():
+                rows = [row for row in answers if self.test[row["index"]].source == source]
+                out |= {f"{way}_{k}:{source}": v for k, v in summarise(rows, 1).items() if k in ("accuracy", "stderr")}
         return out, first
 
     def tensors(self) -> dict:
@@ -519,6 +571,15 @@ class Trainer:
                 if p.requires_grad:
                     out |= {f"{kind}.{name}": p.detach(), **{f"{kind}.{name}/{k}": x for k, x in optimizer.state[p].items()}}
         return out
+
+
+def shares(places: int, weights: list[float]) -> list[int]:
+    """How many of the first `places` belong to each weight. They differ from its share by less than one, and none shrinks
+    as places are added: each new one goes to the weight that would be furthest behind without it."""
+    counts, total = [0] * len(weights), sum(weights)
+    for place in range(places if len(weights) > 1 else 0):
+        counts[max(range(len(weights)), key=lambda i: weights[i] / total * (place + 1) - counts[i])] += 1
+    return counts if len(weights) > 1 else [places]
 
 
 class BrokenReward(UserError):
@@ -552,16 +613,6 @@ def hash_seed(*parts: int) -> int:
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
-
-
-def write(path: Path, text: str) -> None:
-    """Beside and moved into place: whoever is killed here leaves the old file or the new one."""
-    new = path.with_name(path.name + ".new")
-    with open(new, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -650,7 +701,7 @@ def load_checkpoint(folder: Path, trainer: Trainer, sources: dict) -> int:
 
 FREE = (  # options that do not change what is computed
     "name", "resume", "resume_from", "iterations", "save_every", "keep", "runs_dir", "slots", "threads", "token_budget",
-    "checkpoint_activations", "offload_frozen",
+    "checkpoint_activations", "offload_frozen", "log",
 )  # fmt: skip
 
 
@@ -716,12 +767,29 @@ class Interrupt:
             signal.signal(number, handler)
 
 
-def load_data(o: Options) -> tuple[list, list, list]:
-    """Training problems, their prompts, evaluation problems: first of all, so that bad input costs no time."""
+def load_data(o: Options) -> tuple[list, list, list, list]:
+    """Training problems, their prompts, evaluation problems, and (size, weight) of each training set: first of all, so that
+    bad input costs no time. A question that the evaluation asks too is dropped."""
     tokenizer = load_tokenizer(o.model) if o.model else toy_tokenizer()
-    problems, test = load_problems(o.data, "train"), load_problems(o.eval_data or o.data, "test", o.eval_problems)
+    test, _ = load_mixture(o.eval_data or o.data, "test", o.eval_problems)
     encode_prompts(tokenizer, test, o.prompt, o.max_prompt_tokens)
-    return problems, encode_prompts(tokenizer, problems, o.prompt, o.max_prompt_tokens), test
+    found, sizes = load_mixture(o.data, "train")
+    say = print if os.environ.get("RANK", "0") == "0" else lambda *_, **__: None
+    known = load_mixture(o.eval_data or o.data, "test")[0] if o.data != "toy" else []  # all of it, whatever --eval-problems
+    if not o.eval_data and (same := [name for name in mixture(o.data) if Path(name).is_file()]):
+        say(f"{', '.join(same)}: training and evaluation ask the same questions; --eval-data names others", flush=True)
+        known = [p for p in known if p.source not in same]
+    problems, parts, start, dropped, altered = [], [], 0, 0, 0
+    for n, weight in sizes:
+        kept, exact, alike = drop_known(found[start : start + n], known)
+        problems, parts, start = problems + kept, parts + [(len(kept), weight)], start + n
+        dropped, altered = dropped + exact, altered + alike
+        if not kept:
+            raise UserError(f"--data {o.data}: the evaluation asks all of one set's questions; choose another --eval-data")
+    if o.data != "toy":
+        say(f"{len(problems)} training questions; dropped {dropped} that the evaluation asks too, and {altered} more that "
+            "differ from one of its own in spacing, case or punctuation alone", flush=True)  # fmt: skip
+    return problems, encode_prompts(tokenizer, problems, o.prompt, o.max_prompt_tokens), test, parts
 
 
 def run(o: Options, folder: Path, rank: int, world: int, device) -> None:
@@ -730,9 +798,11 @@ def run(o: Options, folder: Path, rank: int, world: int, device) -> None:
         per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         longest = max(map(len, data[1])) + o.max_new_tokens
         table, mend = plan(o, world, torch.cuda.get_device_properties(device).total_memory / 1e9, per_node, longest)
+        if rank == 0 and not mend:
+            print(table, flush=True)
         if mend:
             raise UserError(f"{table}\n{mend}")
-    policy, reward_model = prepare(o, data[0], rank, world, device)
+    policy, reward_model = prepare(o, data[0], data[3], rank, world, device)
     gc.collect()  # the models that it needed: they refer to themselves
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -762,6 +832,7 @@ def loop(o: Options, folder: Path, trainer: Trainer, sources: dict, interrupt: I
         if not start:
             append(metrics, [{"iteration": 0, **before}])
         print(f"PPO, reward {o.reward}, alpha {o.alpha:g}: {o.iterations} iterations of {o.questions} x {o.samples} answers")
+    log_to = open_log(o, folder, start) if rank == 0 else None
     bar = tqdm(total=o.iterations, initial=start, desc=f"PPO {o.reward}", unit="iteration", disable=rank > 0)
     for iteration in range(start + 1, o.iterations + 1):
         try:
@@ -781,6 +852,7 @@ def loop(o: Options, folder: Path, trainer: Trainer, sources: dict, interrupt: I
         if rank == 0:
             append(metrics, [log])
             append(samples, answers)
+            log_to(log)
         stop = int(all_reduce(torch.tensor(interrupt.number), "max"))
         if stop or final or (o.save_every and iteration % o.save_every == 0):
             save_checkpoint(folder, iteration, trainer, sources)
@@ -805,18 +877,28 @@ def loop(o: Options, folder: Path, trainer: Trainer, sources: dict, interrupt: I
         print(f"\nwritten: {folder}/ (metrics.jsonl, samples.jsonl, model/)")
 
 
-def append(path: Path, rows: list[dict]) -> None:
-    """All lines, or none if the disk is full. Numbers that are not finite become null, which JSON knows."""
-    clean = lambda x: None if isinstance(x, float) and not math.isfinite(x) else x
-    left = "".join(json.dumps({k: clean(v) for k, v in row.items()}) + "\n" for row in rows).encode()
-    with open(path, "ab", buffering=0) as file:
-        size = file.tell()
-        try:
-            while left:  # a full disk takes a part, and complains at the next
-                left = left[file.write(left) :]
-        except OSError:
-            file.truncate(size)
-            raise
+def open_log(o: Options, folder: Path, start: int):
+    """log(metrics) to the service of --log, under the run's name; nothing without."""
+    numbers = lambda log: {k: v for k, v in log.items() if isinstance(v, int | float) and k != "iteration"}
+    if o.log == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+
+        def log(metrics: dict) -> None:
+            for name, value in numbers(metrics).items():
+                writer.add_scalar(name, value, metrics["iteration"])
+            writer.flush()
+
+        return log
+    if o.log == "wandb":
+        import wandb
+
+        name = f"{folder.name}-{zlib.crc32(str(folder.resolve()).encode()):08x}"
+        where = dict(project="reward-design", name=folder.name, id=name, resume="allow", dir=str(folder))
+        run = wandb.init(config=asdict(o), **where)
+        return lambda metrics: run.log(numbers(metrics), step=metrics["iteration"])
+    return lambda metrics: None
 
 
 def main() -> None:

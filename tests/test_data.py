@@ -17,7 +17,7 @@ from data import (
     load_problems,
     oracle,
     split_steps,
-    step_ends,
+    find_steps,
     token_ends,
     toy_lines,
     toy_problems,
@@ -206,9 +206,9 @@ def test_the_tokens_between_step_ends_are_the_steps(make, separator):
             expected[-1] = expected[-1].removesuffix(separator)
             assert len(expected) == len(steps)
             finished = ids + [tok.eos_token_id]
-            ends = step_ends(tok, finished, separator, truncated=False)
+            ends = find_steps(tok, finished, separator, truncated=False)[2]
             assert pieces(tok, finished, ends) == expected and ends[-1] == len(ids)  # the last step ends at EOS
-            assert step_ends(tok, ids, separator, truncated=True) == ends[:-1]
+            assert find_steps(tok, ids, separator, truncated=True)[2] == ends[:-1]
 
 
 @pytest.mark.parametrize(
@@ -227,8 +227,8 @@ def test_the_tokens_between_step_ends_are_the_steps(make, separator):
 )
 def test_step_ends_where_tokens_and_steps_do_not_align(tokens, separator, finished, truncated):
     tok, ids = of_pieces(*tokens)
-    assert step_ends(tok, ids, separator, truncated=False) == finished
-    assert step_ends(tok, ids[:-1], separator, truncated=True) == truncated
+    assert find_steps(tok, ids, separator, truncated=False)[2] == finished
+    assert find_steps(tok, ids[:-1], separator, truncated=True)[2] == truncated
 
 
 def test_token_ends_of_ids_that_encode_would_not_choose_and_of_ids_that_split_a_character():
@@ -240,29 +240,29 @@ def test_token_ends_of_ids_that_encode_would_not_choose_and_of_ids_that_split_a_
     tok = one_byte_each()
     ids = tok.encode("é\n中\n")  # 2, 1, 3 and 1 bytes; a character counts from its first byte on
     assert token_ends(tok, ids) == ("é\n中\n", [1, 1, 2, 3, 3, 3, 4])
-    assert step_ends(tok, ids, "\n", truncated=True) == [2, 6]
+    assert find_steps(tok, ids, "\n", truncated=True)[2] == [2, 6]
     assert token_ends(tok, ids[:5])[1] == [1, 1, 2, 3, 3]  # the limit cut a character
-    assert step_ends(tok, ids[:5], "\n", truncated=True) == [2]
+    assert find_steps(tok, ids[:5], "\n", truncated=True)[2] == [2]
 
 
 def test_token_ends_where_the_leading_blank_is_dropped():
     tok = byte_fallback()
     ids = tok.convert_tokens_to_ids(["▁a", "▁b", "\n", "▁c", "<eos>"])
-    assert token_ends(tok, ids) == ("a b\n c", [1, 3, 4, 6, 6]) and step_ends(tok, ids, "\n", False) == [2, 4]
+    assert token_ends(tok, ids) == ("a b\n c", [1, 3, 4, 6, 6]) and find_steps(tok, ids, "\n", False)[2] == [2, 4]
 
 
 def test_step_ends_behind_a_character_of_several_byte_tokens():
     tok = byte_fallback()
     ids = tok.convert_tokens_to_ids(["▁a", "<0xE4>", "<0xB8>", "<0xAD>", "\n", "▁b", "<eos>"])
     assert decode(tok, ids) == "a中\n b"
-    assert step_ends(tok, ids, "\n", truncated=False) == [4, 6]
+    assert find_steps(tok, ids, "\n", truncated=False)[2] == [4, 6]
 
 
 def test_step_ends_where_dropped_blanks_and_byte_tokens_cancel():
     tok = byte_fallback()
     ids = tok.convert_tokens_to_ids(["▁a", "▁b", "\n", "▁c", "<0xE4>", "<0xB8>", "<0xAD>", "<eos>"])
     assert decode(tok, ids) == "a b\n c中"
-    assert step_ends(tok, ids, "\n", truncated=False) == [2, 7]
+    assert find_steps(tok, ids, "\n", truncated=False)[2] == [2, 7]
 
 
 # ------------------------------------------------------------------------------------------------ loading
@@ -276,7 +276,9 @@ def test_step_ends_where_dropped_blanks_and_byte_tokens_cancel():
         ({"problem": "1+1?", "answer": "2"}, Problem("1+1?", "2")),
         ({"problem": "1+1?", "answer": "2", "solution": "so 2"}, Problem("1+1?", "2")),
         ({"instruction": "1+1?", "output": "two", "source": "data/CoT/x.json"}, Problem("1+1?", "two")),
-        ({"question": "1+1?", "answer": 2, "level": 5}, Problem("1+1?", "2")),
+        ({"question": "1+1?", "answer": 2, "level": 5}, Problem("1+1?", "2", level="5")),
+        ({"problem": "1+1?", "solution": "2", "level": "Level 3", "type": "Algebra"}, Problem("1+1?", "2", "Algebra", "3")),
+        ({"problem": "1+1?", "answer": "2", "level": 3, "subject": "Algebra"}, Problem("1+1?", "2", "Algebra", "3")),
         ({"question": "1/2?", "answer": 0.5}, Problem("1/2?", "0.5")),
         ({"question": "é 中?", "answer": "🍎"}, Problem("é 中?", "🍎")),
     ],
@@ -324,8 +326,11 @@ def test_a_bad_row_is_one_line_with_its_number(line, message, tmp_path):
         ("empty.jsonl", b"", "holds no problems"),
         ("blank.jsonl", b"\n \n", "holds no problems"),
         ("latin.jsonl", '{"question": "é", "answer": "1"}'.encode("latin-1"), "not UTF-8"),
-        ("missing.jsonl", None, "no such JSONL file"),
-        (".", None, "no such JSONL file"),
+        ("missing.jsonl", None, "no such file"),
+        ("missing.parquet", None, "no such file"),
+        ("bad.parquet", b"PAR2", "cannot be read as Parquet"),
+        ("bad.json", b'[{"question": "q"', "not JSON"),
+        (".", None, "doesn't contain any data files.*give a local copy instead: a .jsonl"),
     ],
 )
 def test_a_bad_file_is_one_line_with_its_name(name, content, message, tmp_path):

@@ -194,7 +194,8 @@ def test_two_processes_make_the_labels_and_the_reward_model_of_one(argv, alone, 
     def main():
         rank, world, device = start_processes()
         o, _ = train.parse([*argv, "--runs-dir", str(tmp_path)])
-        train.prepare(o, train.load_data(o)[0], rank, world, device)
+        problems, _, _, parts = train.load_data(o)
+        train.prepare(o, problems, parts, rank, world, device)
 
     both_succeed(main, tmp_path / "log")
     for stage, file in (("labels", "labels.jsonl"), ("prm", "model.safetensors")):
@@ -481,6 +482,7 @@ def test_a_signal_lets_the_iteration_end_saves_it_and_says_so(world, number, arg
 
 
 def test_a_second_signal_leaves_at_once(argv):
+    Path(argv[argv.index("--runs-dir") + 1]).mkdir(exist_ok=True)
     with slow(argv, "twice", "--save-every", "0", seconds=5) as (processes, log):
         began = time.monotonic()
         os.kill(processes[0].pid, signal.SIGTERM)

@@ -2,22 +2,23 @@
 
 import itertools
 import json
+import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import eval as evaluation
-from data import Problem, UserError, run_script, toy_tokenizer
-from eval import AGGREGATES, choose, judge, pass_at_k, summarise, vote
+import prm
+from data import Problem, UserError, load_problems, run_script, toy_tokenizer
+from eval import (
+    AGGREGATES, PAPER, best_of, bootstrap, first_wrong, judge, measures, pass_at_k, same_answers, summarise, vote, voted,
+)  # fmt: skip
 from model import ScalarModel, toy_model
 from rollout import Sample
 
 TOKENIZER = toy_tokenizer()
-
-
-def rows(*answers: tuple[str, bool]) -> list[dict]:
-    return [{"response": f"####{a}", "correct": c, "truncated": False} for a, c in answers]
 
 
 def test_judge_counts_steps_tokens_and_exact_repeats():
@@ -42,19 +43,48 @@ def test_stderr_is_over_problems_not_over_answers():
 
 
 def test_votes_count_equal_answers_as_one_and_ignore_missing_ones():
-    assert vote(["1/2", "0.5", "3", None], [1, 1, 1.5, 9]) == "1/2"
-    assert vote(["1/2", "0.5", "3"], [1, 1, 2.5]) == "3"
+    assert same_answers(["1/2", "0.5", "3", None, "3.0", "1/2"]) == [0, 0, 2, None, 2, 0]
+    assert vote([0, 0, 2, None], [1, 1, 1.5, 9]) == 0
+    assert vote([0, 0, 2], [1, 1, 2.5]) == 2
     assert vote([None, None], [1, 1]) is None
 
 
-def test_choosing_best_and_by_vote():
-    group = rows(("5", False), ("5", False), ("7", True)) + rows(("8", True), ("9", False), ("8", True))
-    assert choose(group, 3, [1.0] * 6, "vote") == 0.5  # 5 wins the first problem, 8 the second
-    assert choose(group, 3, [0.1, 0.1, 0.9, 0.1, 0.9, 0.2], "best") == 0.5
-    assert choose(group, 3, [0.1, 0.1, 0.9, 0.1, 0.9, 0.2], "vote") == 0.5
-    assert choose(group, 3, [0.1, 0.1, 0.9, 0.9, 0.1, 0.2], "best") == 1.0
-    group[2]["truncated"] = True
-    assert choose(group, 3, [0.0, 0.0, 9.0, 1.0, 0.0, 0.0], "vote") == 0.5  # a truncated answer has no vote
+def test_best_of_k_and_votes_are_means_over_groups_of_k():
+    correct, votes = [False, False, True, True, False, True], [0, 0, 2, 3, 4, 3]
+    assert voted(correct, votes, [1.0] * 6, 3) == 0.5  # candidate 0 wins the first three, candidate 3 the others
+    assert best_of(correct, [0.1, 0.1, 0.9, 0.1, 0.9, 0.2], 3) == 0.5
+    assert voted(correct, votes, [0.1, 0.1, 0.9, 0.1, 0.9, 0.2], 3) == 0.5
+    assert best_of(correct, [0.1, 0.1, 0.9, 0.9, 0.1, 0.2], 3) == 1.0
+    assert voted(correct, [0, 0, None, 3, 4, 3], [0.0, 0.0, 9.0, 1.0, 0.0, 0.0], 3) == 0.5  # truncated: no vote
+    assert best_of(correct, [0.0] * 6, 2) == pytest.approx(1 / 3)  # the first of equal ones, in each of three pairs
+    assert best_of(correct, [1, 0, 0, 0, 9, 0], 4) == 0.0 == voted([False], [None], [1.0], 1)  # a rest is left out
+
+
+def test_all_measures_of_two_problems_by_hand():
+    row = lambda answer, gold: {"response": f"####{answer}", "correct": answer == gold, "truncated": False}
+    greedy = [row("5", "5"), row("1", "2")]
+    rows = [row(x, "5") for x in ("5", "5", "7", "5")] + [row(x, "2") for x in ("1", "2", "1", "1.0")]
+    values = measures(greedy, rows, 4, {"X": [[0.1, 0.2, 0.9, 0.3], [0.0, 1.0, 0.2, 0.2]]})
+    found = {name: x.tolist() for name, x in values.items()}
+    assert found["greedy accuracy"] == [1, 0] and found["sampled accuracy"] == found["pass@1"] == [0.75, 0.25]
+    assert found["pass@2"] == [1, 0.5] and found["pass@4"] == [1, 1] and found["majority of 4"] == [1, 0]
+    assert found["majority of 2"] == [0.5, 0]  # a tie goes to the first
+    assert found["best of 2 by X"] == [0.5, 0.5] and found["best of 4 by X"] == [0, 1]
+    assert found["vote of 4 by X"] == [0, 1] and found["vote of 2 by X"] == [0.5, 0.5]
+    assert not any("of 1" in name for name in found)
+
+
+def test_the_bootstrap_interval_covers_what_the_normal_one_covers():
+    values = torch.tensor([1.0] * 300 + [0.0] * 700, dtype=torch.float64)
+    mean, low, high = bootstrap(values)
+    stderr = (0.3 * 0.7 / 1000) ** 0.5
+    assert mean == pytest.approx(0.3) and low == pytest.approx(0.3 - 1.96 * stderr, abs=0.004)
+    assert high == pytest.approx(0.3 + 1.96 * stderr, abs=0.004)
+    assert bootstrap(torch.ones(5)) == (1, 1, 1)
+
+
+def test_the_first_wrong_step_is_the_first_below_the_threshold():
+    assert [first_wrong(s, 0.5) for s in ([0.9, 0.4, 0.1], [0.5, 0.5], [0.0], [])] == [1, -1, 0, -1]
 
 
 def test_aggregates_of_step_scores():
@@ -79,20 +109,141 @@ def call(monkeypatch, capsys, *argv) -> str:
     return capsys.readouterr().out
 
 
-def test_a_model_is_evaluated_with_votes_and_best_of_n(folder, monkeypatch, capsys, tmp_path):
-    data = tmp_path / "p.jsonl"
-    data.write_text("".join(json.dumps({"question": f"1{i}b+5=", "answer": f"1{i + 5}"}) + "\n" for i in range(5)))
-    argv = ["--model", folder / "lm", "--data", data, "--prompt", "{question}", "--n", 4, "--max-new-tokens", 20]
-    argv += ["--prm", folder / "rm", "--orm", folder / "rm", "--out", tmp_path / "r.json", "--answers", tmp_path / "a.jsonl"]
+@pytest.fixture
+def problems(tmp_path) -> str:
+    data = tmp_path / "math_test.jsonl"
+    kinds = [("Algebra", "Level 1"), ("Geometry", "Level 2")]
+    rows = [dict(problem=f"1{i}b+5=", answer=f"1{i + 5}", type=kinds[i % 2][0], level=kinds[i % 2][1]) for i in range(5)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(data)
+
+
+def test_a_model_is_evaluated_once_and_a_second_call_goes_on(folder, problems, monkeypatch, capsys, tmp_path):
+    out, other = tmp_path / "out", tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"question": "11b+5=", "answer": "16"}))
+    argv = ["--model", folder / "lm", "--data", f"{problems},{other}", "--prompt", "{question}", "--n", 4, "--out", out]
+    argv += ["--max-new-tokens", 20]
+    plain = call(monkeypatch, capsys, *argv)
+    greedy, loads = (out / "math-greedy.jsonl").read_bytes(), []
+    monkeypatch.setattr(evaluation, "load_causal_lm", lambda *_: loads.append(1))
+    text = call(monkeypatch, capsys, *argv, "--prm", folder / "rm", "--orm", folder / "rm")
+    assert not loads and (out / "math-greedy.jsonl").read_bytes() == greedy  # the answers were there
+    for words in ("greedy accuracy", "sampled accuracy", "pass@1", "pass@2", "pass@4", "majority of 4", "best of 4 by ORM",
+                  "vote of 2 by ORM", *(f"best of 4 by PRM {a}" for a in AGGREGATES)):  # fmt: skip
+        assert words in text
+    assert "| % (95 % interval) | math, 5 problems | other, 1 problems |" in text
+    assert "| Algebra | 3 |" in text and "| level 2 | 2 |" in text and "| Algebra | 3 |" in plain
+    results = json.loads((out / "results.json").read_text())
+    assert results["problems"] == {"math": 5, "other": 1}
+    assert results["results"]["math"]["pass@1"] == results["results"]["math"]["sampled accuracy"]
+    assert len((out / "math-sampled.jsonl").read_text().splitlines()) == 5 * 4
+    assert text.strip().endswith((out / "results.md").read_text().strip())
+    scores = [json.loads(line)["scores"] for line in next(out.glob("math-prm-*.jsonl")).read_text().splitlines()]
+    assert [len(s) for s in scores] == [4] * 5 and all(0 <= x <= 1 for s in scores for steps in s for x in steps)
+
+
+def test_the_default_folder_is_named_by_the_settings(folder, problems, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--model", folder / "lm", "--data", problems, "--prompt", "{question}", "--max-new-tokens", 9]
+    for n in (1, 2, 2):
+        call(monkeypatch, capsys, *argv, "--n", n)
+    found = sorted(p.name for p in (tmp_path / "runs/eval").iterdir())
+    assert len(found) == 2 and all(name.startswith("lm-") for name in found)
+
+
+def test_the_papers_figures_stand_beside_those_of_its_models():
+    results = {"math": {"greedy accuracy": (0.3, 0.25, 0.35), "pass@16": (0.5, 0.4, 0.6)}, "toy": {"pass@16": (1, 1, 1)}}
+    table = evaluation.results_table(results, {"math": 5000, "toy": 3}, PAPER["qwen2-1.5b-instruct", "clip-delta"])
+    assert table.splitlines() == [
+        "| % (95 % interval) | math, 5000 problems | the paper's | toy, 3 problems |",
+        "| --- | --- | --- | --- |",
+        "| greedy accuracy | 30.0 (25.0 to 35.0) | 31.44 |  |",
+        "| pass@16 | 50.0 (40.0 to 60.0) |  | 100.0 (100.0 to 100.0) |",
+    ]
+    assert evaluation.parse(["--model", "Qwen/Qwen2-1.5B-Instruct", "--data", "math"])[1] in PAPER
+
+
+def test_references_are_graded_as_correct_through_the_whole_path(tmp_path, monkeypatch):
+    """Prompt, an answer made of the reference, steps, extraction, grading; and a wrong reference as wrong."""
+    rows = [
+        {"problem": "A?", "solution": "So $x=\\frac12$.\n\nThus \\boxed{\\frac{1}{2}}", "type": "Algebra", "level": "?"},
+        {"problem": "B?", "solution": "The set is\n\n$\\boxed{\\{1,2\\}}$.", "type": "Geometry", "level": "Level 2"},
+        {"question": "C?", "answer": "He has 2*4=<<2*4=8>>8\n#### 1,008"},
+    ]
+    given = [row.get("solution") or row["answer"] for row in rows[:2]] + ["#### 1,009"]
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = ByteTokenizer()
+    prompts = []
+
+    def generate(sampler, asked, n, **_):
+        prompts.extend(asked)
+        return [[Sample(i, tokenizer(given[i])["input_ids"] + [0], False)] for i in range(len(asked))]
+
+    monkeypatch.setattr(evaluation, "rollout", generate)
+    monkeypatch.setattr(evaluation, "as_sampler", lambda model: SimpleNamespace(model=model))
+    monkeypatch.setattr(evaluation, "eos_ids", lambda *_: [0])
+    found = evaluation.evaluate(None, tokenizer, load_problems(str(file)), "Q: {question}", "\n\n", max_new_tokens=99)[1]
+    assert [row["correct"] for row in found] == [True, True, False] and [row["steps"] for row in found] == [2, 2, 1]
+    assert tokenizer.decode(prompts[0]) == "Q: A?"
+
+
+class ByteTokenizer:
+    """UTF-8 bytes, and 0 to end with."""
+
+    chat_template, eos_token_id = None, 0
+
+    def __call__(self, texts, **_):
+        encode = lambda text: list(text.encode())
+        return {"input_ids": encode(texts) if isinstance(texts, str) else [encode(text) for text in texts]}
+
+    def decode(self, ids, **_):
+        return bytes(i for i in ids if i).decode(errors="replace")
+
+
+@pytest.fixture(scope="module")
+def known_scores():
+    """A PRM that scores a step by the digit it ends in, an ORM by the last one."""
+
+    class Known:
+        def __init__(self, o, kind, device):
+            self.kind = kind
+
+        def scores(self, rows):
+            steps = [[int(step.strip()[-1]) / 9 for step in prm.steps_of(row)] for row in rows]
+            return [s[-1:] for s in steps] if self.kind == "orm" else steps
+
+    return Known
+
+
+def test_processbench_counts_exact_first_errors_and_clean_passes(tmp_path, monkeypatch, capsys, known_scores):
+    monkeypatch.setattr(evaluation, "Judge", known_scores)
+    row = lambda steps, label: {"problem": "q", "steps": steps, "label": label, "final_answer_correct": label < 0}
+    rows = [row(["a 9", "b 1"], 1), row(["a 1", "b 1"], 1), row(["a 9"], -1), row(["a 9", "b 8"], -1), row(["a 2"], -1)]
+    file, other = tmp_path / "gsm8k.json", tmp_path / "math.jsonl"
+    file.write_text(json.dumps(rows))
+    other.write_text(json.dumps(row(["a 1"], -1)))
+    argv = ["--prm", "x", "--processbench", f"{file},{other}", "--out", tmp_path / "r.json"]
     out = call(monkeypatch, capsys, *argv)
-    for words in ("greedy accuracy", "sampled accuracy", "pass@1", "pass@2", "pass@4", "majority of 4", "best of 4 by orm",
-                  "vote of 4 by orm", *(f"best of 4 by prm {a}" for a in AGGREGATES)):  # fmt: skip
-        assert words in out
-    results = json.loads((tmp_path / "r.json").read_text())
-    assert results["problems"] == 5
-    assert results["results"]["pass@1"] == pytest.approx(results["results"]["sampled"]["accuracy"])
-    assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 5 + 5 * 4
-    assert out == call(monkeypatch, capsys, *argv)  # the same seed, the same answers
+    assert "| gsm8k | 50.0 | 66.7 | 57.1 | 5 |" in out and "| math | 0.0 | 0.0 | 0.0 | 1 |" in out
+    assert "| mean |  |  | 28.6 |  |" in out
+    assert json.loads((tmp_path / "r.json").read_text())["processbench"][str(file)]["F1"] == pytest.approx(400 / 7)
+    assert "| gsm8k | 50.0 | 33.3 |" in call(monkeypatch, capsys, *argv, "--threshold", 0.95)
+
+
+def test_pairs_count_a_tie_as_wrong_by_subset(tmp_path, monkeypatch, capsys, known_scores):
+    from pyarrow import Table, parquet
+
+    monkeypatch.setattr(evaluation, "Judge", known_scores)
+    pair = lambda chosen, rejected, subset: {"prompt": "q", "chosen": chosen, "rejected": rejected, "subset": subset}
+    rows = [pair("9\n8", "8\n7", "math-prm"), pair("1\n8", "8\n7", "math-prm"), pair("5", "5", "other")]
+    file = tmp_path / "pairs.parquet"
+    parquet.write_table(Table.from_pylist(rows), file)
+    out = call(monkeypatch, capsys, "--prm", "x", "--orm", "y", "--pairs", file)
+    lines = {line.split(" |")[0]: line for line in out.splitlines()}
+    assert lines["| chosen above rejected, %"].endswith("| math-prm | other |")
+    assert "| 100.0 (100.0 to 100.0) | 0.0 (0.0 to 0.0) |" in lines["| ORM"] and "| 100.0 (" in lines["| PRM last"]
+    assert lines["| PRM min"].startswith("| PRM min | 50.0 (")
 
 
 def fake_run(path, accuracy: float):
@@ -115,8 +266,13 @@ def test_runs_side_by_side_as_a_table_and_a_figure(tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize(
     "argv, words",
     [
-        ("", "either --model or --runs"),
-        ("--model a --runs b", "either --model or --runs"),
+        ("", "give one of --model, --runs"),
+        ("--model a --runs b", "give one of --model, --runs"),
+        ("--processbench x", "needs a --prm to evaluate"),
+        ("--pairs x", "a --prm or an --orm"),
+        ("--model a --data gsm8k --prm-format qwen", "give both, or neither"),
+        ("--prm ./nowhere --pairs x.jsonl", "cannot read"),
+        ("--model a --data toy=0", "above 0"),
         ("--model a --data toy --figure x.png", "--figure draws"),
         ("--model a --data toy --prm x", "--n 2 or more"),
         ("--model a", "--data"),
@@ -129,18 +285,18 @@ def test_wrong_calls_get_one_sentence_and_status_2(argv, words, monkeypatch, cap
     with pytest.raises(SystemExit) as stop:
         run_script(evaluation.main)
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and words in error and "Traceback" not in error
+    assert stop.value.code == 2 and re.search(words, error) and "Traceback" not in error
 
 
 def test_a_run_folder_brings_its_own_settings(tmp_path, folder):
     run = fake_run(tmp_path / "run", 0.5)
     (run / "model").symlink_to(folder / "lm")
     config = dict(data="toy", eval_data="", prompt="{question}", separator="\n", max_prompt_tokens=32, max_new_tokens=77,
-                  slots=9, temperature=0.5)  # fmt: skip
+                  slots=9, temperature=0.5, preset="qwen2-1.5b-instruct", reward="delta")  # fmt: skip
     (run / "config.json").write_text(json.dumps(config))
-    options = evaluation.parse(["--model", str(run), "--slots", "3"])
+    options, known = evaluation.parse(["--model", str(run), "--slots", "3"])
     assert options.model == str(run / "model") and options.data == "toy" and options.max_new_tokens == 77
-    assert options.slots == 3  # what is given by hand wins
+    assert known == ("qwen2-1.5b-instruct", "delta") and options.slots == 3  # what is given by hand wins
     with pytest.raises(UserError):
         evaluation.parse([])
 

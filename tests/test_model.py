@@ -22,7 +22,6 @@ from model import (
     fuse,
     load_causal_lm,
     load_tokenizer,
-    same_tokenizer,
     side_by_side,
     toy_model,
 )
@@ -295,10 +294,8 @@ def test_tokenizers_without_eos_or_with_another_vocabulary_are_refused(tmp_path)
     tok = toy_tokenizer()
     tok.save_pretrained(tmp_path)
     assert load_tokenizer(str(tmp_path)).get_vocab() == tok.get_vocab()
-    same_tokenizer(tok, str(tmp_path))
-    other = copy.deepcopy(tok)
-    other.add_tokens(["h"])
-    assert "not the policy's" in refusal(lambda path: same_tokenizer(other, path), tmp_path)
+    KINDS["qwen2"]().save_pretrained(tmp_path)  # beside which AutoTokenizer would split like Qwen's, and lose the newline
+    assert load_tokenizer(str(tmp_path)).encode("b4\n####") == tok.encode("b4\n####") != []
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     del settings["eos_token"]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -1,19 +1,23 @@
 """Monte-Carlo labels, reward model training, scoring and its quality measures."""
 
 import json
+import os
+import random
+import signal
 import sys
+import time
 
 import pytest
 import torch
 
 import prm
-from data import Problem, UserError, oracle, run_script, toy_problems, toy_solution, toy_tokenizer
+from data import Problem, UserError, oracle, run_script, split_steps, toy_problems, toy_solution, toy_tokenizer
 from model import ScalarModel, toy_model
 from prm import LabelOptions, TrainOptions, auroc, make_labels, pad_steps, quality, read_labels, targets
 from rollout import Batch, Sample
 
 TOKENIZER = toy_tokenizer()
-OPTIONS = LabelOptions(problems=6, samples=2, completions=3, prompt="{question}", max_new_tokens=40, seed=1)
+OPTIONS = LabelOptions(problems=6, samples=2, completions=3, labels="soft", prompt="{question}", max_new_tokens=40, seed=1)
 
 
 def script(text: str) -> list[int]:
@@ -38,13 +42,15 @@ def scripted(monkeypatch):
         for i, prompt in enumerate(prompts):
             wrong_so_far = "=99" in TOKENIZER.decode(prompt)
             tails = ["####00", "####46", "####46"] if not wrong_so_far else ["####00", "####01", "####02"]
-            out.append([Sample(i, script(tail) + [1], False) for tail in tails[:n]])
+            place = sum(n for before, n in play.waves if prompt in before)
+            out.append([Sample(i, script(tail) + [1], False) for tail in tails[place : place + n]])
+        play.waves.append((prompts, n))
         return out
 
     monkeypatch.setattr(prm, "rollout", play)
     monkeypatch.setattr(prm, "as_sampler", lambda model: model)
     monkeypatch.setattr(prm, "eos_ids", lambda *_: [1])
-    play.calls = calls
+    play.calls, play.waves = calls, []
     return play
 
 
@@ -52,8 +58,8 @@ def test_labels_are_the_share_of_right_completions_and_the_last_step_is_graded_i
     right, wrong = script("b41+5=46\n####46") + [1], script("b41+5=99\n####99") + [1]
     scripted.solutions = [(right, False), (wrong, False)]
     make_labels("policy", "completer", TOKENIZER, [Problem("41b+5=", "46")], OPTIONS, tmp_path / "l.jsonl")
-    a, b = read_labels(tmp_path / "l.jsonl")
-    assert a["ends"] == [8, 12] and a["labels"] == [2 / 3, 1.0] and a["correct"]
+    a, b = read_labels(str(tmp_path / "l.jsonl"))
+    assert a["cuts"] == [9, 15] and a["labels"] == [2 / 3, 1.0] and a["correct"]
     assert b["labels"] == [0.0, 0.0] and not b["correct"]
     prefixes = [TOKENIZER.decode(p) for p in scripted.calls[1][1]]
     assert prefixes == ["41b+5=b41+5=46\n", "41b+5=b41+5=99\n"]  # p(k): the question and all steps up to k
@@ -63,23 +69,78 @@ def test_labels_are_the_share_of_right_completions_and_the_last_step_is_graded_i
 def test_a_truncated_solution_is_wrong_and_its_unfinished_step_has_no_label(scripted, tmp_path):
     scripted.solutions = [(script("b41+5=46\nb41+5=46\n####4"), True), (script("####46") + [1], False)]
     make_labels("policy", "completer", TOKENIZER, [Problem("41b+5=", "46")], OPTIONS, tmp_path / "l.jsonl")
-    a, b = read_labels(tmp_path / "l.jsonl")
-    assert not a["correct"] and a["ends"] == [8, 17] and a["labels"] == [2 / 3, 2 / 3]
+    a, b = read_labels(str(tmp_path / "l.jsonl"))
+    assert not a["correct"] and a["cuts"] == [9, 18] and a["labels"] == [2 / 3, 2 / 3]
     assert b["labels"] == [1.0]
 
 
-def test_a_killed_labelling_continues_to_the_same_file(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(prm, "CHUNK", 2)
-    problems = toy_problems("train", 6)
-    make_labels(tiny, tiny, TOKENIZER, problems, OPTIONS, tmp_path / "whole.jsonl")
-    whole = (tmp_path / "whole.jsonl").read_bytes()
-    assert whole.count(b"\n") == 12
-    for kept in (0, 1, len(whole) // 3, len(whole) // 2, len(whole) - 1):
-        cut = tmp_path / f"cut{kept}.jsonl"
-        make_labels(tiny, tiny, TOKENIZER, problems, OPTIONS, cut)
-        cut.write_bytes(whole[:kept])
-        make_labels(tiny, tiny, TOKENIZER, problems, OPTIONS, cut)
-        assert cut.read_bytes() == whole
+def test_hard_labels_stop_at_the_first_right_completion_unless_audited(scripted, tmp_path, monkeypatch):
+    """The completions of a right prefix are wrong, right, right: waves of 1, 1, ... find the right one in the second."""
+    options = LabelOptions(**{**vars(OPTIONS), "labels": "hard", "completions": 3})
+    solutions = [(script("b41+5=46\n####46") + [1], False), (script("b41+5=99\n####99") + [1], False)]
+    for audit in (False, True):
+        monkeypatch.setattr(prm, "audited", lambda question, audit=audit: audit)
+        scripted.solutions, scripted.waves = solutions, []
+        file = tmp_path / f"{audit}.jsonl"
+        make_labels("policy", "completer", TOKENIZER, [Problem("41b+5=", "46")], options, file)
+        a, b = read_labels(str(file))
+        assert a["labels"] == [1.0, 1.0] and b["labels"] == [0.0, 0.0]  # the same labels either way
+        assert b["outcomes"] == [[False, False, False], []]
+        assert a["outcomes"] == ([[False, True, True], []] if audit else [[False, True], []])
+        assert [n for _, n in scripted.waves] == [1, 1, 1]
+
+
+def test_equal_prefixes_are_completed_once(scripted, tmp_path):
+    right = script("b41+5=46\n####46") + [1]
+    scripted.solutions = [(right, False), (right, False), (script("b41+5=46\n####47") + [1], False)]
+    options = LabelOptions(**{**vars(OPTIONS), "samples": 3})
+    make_labels("policy", "completer", TOKENIZER, [Problem("41b+5=", "46")], options, tmp_path / "l.jsonl")
+    assert len(scripted.calls[1][1]) == 1 and [r["labels"] for r in read_labels(str(tmp_path / "l.jsonl"))] == [
+        [2 / 3, 1.0], [2 / 3, 1.0], [2 / 3, 0.0]]  # fmt: skip
+
+
+def test_what_the_labels_look_like_is_told(tmp_path):
+    row = {"question": "q", "labels": [1.0, 0.0], "outcomes": [[True, False, False, True], [False] * 4]}
+    other = {"question": "q", "labels": [0.0], "outcomes": [[False, False, True, True]]}
+    text = prm.describe([row, other], LabelOptions(labels="soft", completions=4), prefixes=30, seconds=10.0)
+    assert "3 steps of 2 solutions" in text and "3.0 a second" in text and "mean label 0.33" in text
+    assert "step 1, 2, ...: 0.50 0.00" in text
+    assert "2 and of 2 other completions agree in 0.67 of 3 prefixes" in text  # right, nothing; nothing, nothing; no, yes
+
+
+def test_labels_of_a_run_that_was_killed_ten_times_are_those_of_one_that_was_not(tiny, tmp_path, monkeypatch):
+    problems, options = toy_problems("train", 40), LabelOptions(**{**vars(OPTIONS), "problems": 40, "labels": "hard"})
+    in_blocks = prm.in_blocks
+    monkeypatch.setattr(prm, "in_blocks", lambda *args: in_blocks(*args, size=3))
+    began = time.time()
+    make_labels(tiny, tiny, TOKENIZER, problems, options, tmp_path / "whole.jsonl")
+    took, rng, cut = time.time() - began, random.Random(0), tmp_path / "cut.jsonl"
+    kills = 0
+    for _ in range(60):
+        child = os.fork()
+        if not child:
+            make_labels(tiny, tiny, TOKENIZER, problems, options, cut)
+            os._exit(0)
+        time.sleep(rng.random() * took / 3 if kills < 10 else 0)
+        if kills < 10:
+            os.kill(child, signal.SIGKILL)
+        killed = os.waitpid(child, 0)[1] == signal.SIGKILL
+        kills += killed
+        if not killed:
+            break
+    assert kills >= 10 and cut.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and len(read_labels(str(cut))) == 80
+    assert not any(tmp_path.glob("*.parts"))
+
+
+@pytest.mark.parametrize("kept", [0, 1, 0.3, 0.5, -1])
+def test_a_label_file_that_was_cut_off_is_completed(kept, tiny, tmp_path):
+    problems, whole, cut = toy_problems("train", 6), tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    for file in (whole, cut):
+        make_labels(tiny, tiny, TOKENIZER, problems, OPTIONS, file)
+    lines = whole.read_bytes()
+    cut.write_bytes(lines[: kept if isinstance(kept, int) else int(kept * len(lines))])
+    make_labels(tiny, tiny, TOKENIZER, problems, OPTIONS, cut)
+    assert cut.read_bytes() == lines and lines.count(b"\n") == 12
 
 
 def test_labels_of_other_settings_are_refused_with_the_difference(tiny, tmp_path):
@@ -89,22 +150,95 @@ def test_labels_of_other_settings_are_refused_with_the_difference(tiny, tmp_path
     with pytest.raises(UserError, match="completions 3 -> 5"):
         make_labels(tiny, tiny, TOKENIZER, toy_problems("train", 2), other, file)
     (tmp_path / "mine.jsonl").write_text("precious\n")
-    with pytest.raises(UserError, match="no label file"):
+    with pytest.raises(UserError, match="not one of our labels"):
         make_labels(tiny, tiny, TOKENIZER, toy_problems("train", 2), OPTIONS, tmp_path / "mine.jsonl")
     assert (tmp_path / "mine.jsonl").read_text() == "precious\n"
 
 
-def test_targets_of_hard_and_soft_labels_and_of_the_orm():
-    row = {"ids": list(range(9)), "ends": [2, 5, 8], "labels": [0.25, 0.0, 1.0], "correct": True}
-    assert targets([row], "prm", "hard") == [[(2, 1.0), (5, 0.0), (8, 1.0)]]
-    assert targets([row], "prm", "soft") == [[(2, 0.25), (5, 0.0), (8, 1.0)]]
-    assert targets([row], "orm", "hard") == [[(8, 1.0)]]
+def other_tokenizer():
+    """Reads the embedded world as well, with other ids, and an operation and its operand as one token."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pairs = [op + digit for op in "+-*" for digit in "23456789"]
+    tokens = ["<unk>", "<pad>", "<eos>", "####", *"=\ngfedcb9876543210+-*", *pairs]
+    tok = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
+    tok.pre_tokenizer = pre_tokenizers.Split(Regex(r"####|[-+*]\d|[\s\S]"), behavior="isolated")
+    tok.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def test_a_completer_with_another_tokenizer_reads_the_prefixes_as_text(scripted, tmp_path):
+    other = other_tokenizer()
+    scripted.solutions = [(script("b41+5=46\n####46") + [1], False), (script("b41+5=46\nc46+2=48\n####4") + [1], True)]
+    play = prm.rollout
+
+    def translated(model, prompts, n, **more):
+        if model == "completer":  # which the script reads and writes in the policy's tokens
+            found = play(model, [script(other.decode(p)) for p in prompts], n, **more)
+            return [[Sample(s.prompt, other.encode(TOKENIZER.decode(s.ids[:-1])) + [2], False) for s in x] for x in found]
+        return play(model, prompts, n, **more)
+
+    prm.rollout = translated
+    try:
+        problem = Problem("41b+5=", "46")
+        make_labels("policy", "completer", TOKENIZER, [problem], OPTIONS, tmp_path / "l.jsonl", completer_tokenizer=other)
+    finally:
+        prm.rollout = play
+    a, b = read_labels(str(tmp_path / "l.jsonl"))
+    assert a["labels"] == [2 / 3, 1.0] and b["labels"] == [2 / 3, 2 / 3]
+    assert scripted.calls[1][2] == [40 - 8, 40 - 16]  # an operation is one token there
+
+
+def test_targets_of_the_prm_and_of_the_orm():
+    row = {"labels": [0.25, 0.0, 1.0], "correct": True}
+    batch = Batch([[1], [1]], [[0] * 9, [0] * 4], torch.tensor([False, True]))
+    unknown = {"labels": [1.0], "correct": None}  # a solution that others labelled, and left unfinished
+    assert targets([row, unknown], batch, [[2, 5, 8], [3]], "prm") == [[(2, 0.25), (5, 0.0), (8, 1.0)], [(3, 1.0)]]
+    assert targets([row, unknown], batch, [[2, 5, 8], [3]], "orm") == [[(8, 1.0)], []]
+
+
+def test_labels_by_others_are_read_and_their_faults_left_out(tmp_path, capsys):
+    def read(*rows) -> list[tuple]:
+        file = tmp_path / "x.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return [(r["question"], prm.steps_of(r), r["labels"], r["correct"], r["truncated"]) for r in read_labels(str(file))]
+
+    shepherd = {"input": "How many + -? Step 1: It is 2-1. ки\nStep 2: So +1. ки\nStep 3: The answer is: 1 ки",
+                "label": "How many + -? Step 1: It is 2-1. +\nStep 2: So +1. -\nStep 3: The answer is: 1 -"}  # fmt: skip
+    steps = ["Step 1: It is 2-1.\n", "Step 2: So +1.\n", "Step 3: The answer is: 1"]
+    marked = {"input": "Ann ки has? Step 1: One. ки", "label": "Ann + has? Step 1: One. -"}  # a mark within the question
+    no_steps = {"input": "Ann has?", "label": "Ann has?"}
+    assert read(shepherd, marked, no_steps) == [
+        ("How many + -? ", steps, [1.0, 0.0, 0.0], False, False), ("Ann  has? ", ["Step 1: One."], [0.0], False, False)
+    ]  # fmt: skip
+    assert "1 of 3 rows hold no usable steps" in capsys.readouterr().out
+
+    trl = {"prompt": "1+1?", "completions": ["It is 2.", "The answer is 2."], "labels": [True, True]}
+    assert read(trl, {**trl, "completions": [], "labels": []}) == [
+        ("1+1?", ["It is 2.\n", "The answer is 2."], [1.0, 1.0], True, False)]  # fmt: skip
+
+    rated = lambda text, rating: {"text": text, "rating": rating, "flagged": None}
+    step = lambda chosen, *completions, human=None: dict(completions=[*completions], chosen_completion=chosen,
+                                                         human_completion=human)  # fmt: skip
+    first = step(1, rated("bad", -1), rated("neutral", 0))
+    prm800k = lambda reason, *steps: {"question": {"problem": "q", "ground_truth_answer": "1"},
+                                      "label": {"steps": [*steps], "finish_reason": reason}}  # fmt: skip
+    solved = prm800k("solution", first, step(None, human={"text": "by hand"}), step(0, rated("# Answer\n\n1", 1)))
+    found = read(solved)
+    assert found[0][1:] == (["bad"], [0.0], None, True)  # a branch, whose only new step is its last
+    assert found[1][1:] == (["neutral\n", "by hand\n", "# Answer\n\n1"], [1.0, 1.0, 1.0], True, False)
+    failed = prm800k("found_error", first, step(None, rated("wrong", -1), rated("unrated", None)))
+    found = read(failed, {**solved, "is_quality_control_question": True})
+    # a branch keeps its prefix in the text, and labels its last step alone
+    assert [x[2] for x in found] == [[0.0], [0.0], [1.0]]
+    assert [x[1] for x in found] == [["bad"], ["neutral\nwrong"], ["neutral"]]
+    with pytest.raises(UserError, match="line 1: not a row of step labels"):
+        read({"question": "1"})
 
 
 def labelled(n: int) -> list[dict]:
     """Solutions of the embedded world, every other one with a wrong operation in it, labelled by the oracle."""
-    import random
-
     rng, rows = random.Random(0), []
     for i, p in enumerate(toy_problems("train", n)):
         text = toy_solution(p.question, rng)
@@ -113,8 +247,9 @@ def labelled(n: int) -> list[dict]:
         ids = script(text) + [1]
         labels = [float(x) for x in oracle(p.question, text)]
         ends = [t for t, x in enumerate(ids) if x in (script("\n")[0], 1)]
-        rows.append(dict(question=p.question, answer=p.answer, response=text, ids=ids, truncated=False, ends=ends,
+        rows.append(dict(question=p.question, answer=p.answer, response=text, truncated=False, cuts=split_steps(text, "\n"),
                          labels=labels, correct=bool(labels[-1])))  # fmt: skip
+        assert prm.read_own(TOKENIZER, rows[-1:], "{question}")[1] == [ends]
     return rows
 
 
@@ -124,10 +259,10 @@ def test_a_reward_model_learns_what_can_be_learnt_and_scores_unseen_questions(ki
     options = TrainOptions(kind=kind, epochs=4, lr=3e-3, head_lr=1e-2, batch_size=16)
     model = ScalarModel(toy_model(TOKENIZER, seed=0, hidden=32, layers=2, heads=2))
     prm.train_reward_model(model, TOKENIZER, rows, options, prompt="{question}")
-    result = prm.evaluate_reward_model(model, TOKENIZER, rows, options, prompt="{question}")
+    result = prm.evaluate_reward_model(model, lambda rows: prm.read_own(TOKENIZER, rows, "{question}"), rows, kind)
     assert result["auroc"] > 0.95 and result["accuracy"] > 0.9 and result["ece"] < 0.2
     held = [r for r in rows if prm.held_out(r["question"])]
-    assert 10 < len(held) < 60 and result["count"] == sum(len(r["ends"]) if kind == "prm" else 1 for r in held)
+    assert 10 < len(held) < 60 and result["count"] == sum(len(r["cuts"]) if kind == "prm" else 1 for r in held)
     if kind == "prm":
         assert result["auroc_oracle"] == pytest.approx(result["auroc"])  # the labels here are the oracle's
 
@@ -143,7 +278,7 @@ def test_the_training_gradient_does_not_depend_on_the_token_budget():
 
 
 def test_nothing_to_train_on_is_one_sentence(tiny):
-    rows = [dict(r, ends=[], labels=[], truncated=True) for r in labelled(4)]
+    rows = [dict(r, cuts=[], labels=[], truncated=True) for r in labelled(4)]
     with pytest.raises(UserError, match="none of the . labelled solutions has a complete step"):
         prm.train_reward_model(ScalarModel(tiny), TOKENIZER, rows, TrainOptions(), prompt="{question}")
 
@@ -196,23 +331,19 @@ def test_the_stages_run_one_by_one_from_the_command_line(tmp_path, tiny, monkeyp
     shared = ("--prompt", "{question}")
     call("label", "--model", folder, "--data", "toy", "--problems", 30, "--completions", 2, "--max-new-tokens", 30,
          "--out", labels, *shared)  # fmt: skip
-    assert len(read_labels(labels)) == 30
+    assert len(read_labels(str(labels))) == 30
     trained = call("train", "--model", folder, "--labels-file", labels, "--out", out, "--kind", "prm", *shared)
     tested = call("test", "--model", out, "--labels-file", labels, *shared)
     assert "brier" in trained and trained.splitlines()[-1] == tested.splitlines()[-1]
+    halves = call("test", "--model", out, "--labels-file", labels, "--dtype", "bfloat16", *shared)
+    assert "brier" in halves
     for argv, words in (
         (("train", "--model", folder, "--out", out), "needs --labels-file"),
-        (("test", "--model", folder, "--labels-file", labels), "not a reward model"),
-        (("train", "--model", folder, "--labels-file", tmp_path / "none", "--out", out), "no such label file"),
+        (("test", "--model", folder, "--labels-file", labels), "neither a reward model"),
+        (("train", "--model", folder, "--labels-file", tmp_path / "none", "--out", out), "no such file"),
         (("label", "--model", folder, "--data", "toy", "--out", labels, "--kindd", "prm"), "unrecognized"),
     ):
         monkeypatch.setattr(sys, "argv", ["prm.py", *map(str, argv)])
         with pytest.raises(SystemExit) as stop:
             run_script(prm.main)
         assert stop.value.code == 2 and words in capsys.readouterr().err
-
-
-def test_a_file_that_holds_no_labels_is_named(tmp_path):
-    (tmp_path / "x.jsonl").write_text(json.dumps({"question": "1"}) + "\n")
-    with pytest.raises(UserError, match="not a label file"):
-        read_labels(tmp_path / "x.jsonl")

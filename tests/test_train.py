@@ -3,15 +3,19 @@
 import json
 import sys
 import tempfile
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from test_prm import other_tokenizer
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
 import data
 import model
+import prm
 import train
 from data import UserError, toy_problems, toy_tokenizer
 from model import toy_model
@@ -96,6 +100,8 @@ def test_alpha_defaults_by_reward_and_is_overridden_by_hand():
         ("--prompt Q:", "{question}"),
         ("--max-new-tokens 0", "at least 1"),
         ("--preset nothing", "choose"),
+        ("--prm-format qwen", "give both, or neither"),
+        ("--log wandb", "pip install it, or drop it"),
     ],
 )
 def test_wrong_combinations_fail_at_parse_time_with_the_mend(argv, words):
@@ -129,14 +135,14 @@ def test_bad_input_gets_one_sentence_and_status_2(monkeypatch, capsys, tmp_path,
     AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(tmp_path / "no_tokenizer")
     assert "unrecognized arguments: --rewrad" in fail("--rewrad", "delta")
     assert "invalid choice" in fail("--reward", "deltas")
-    assert "no such JSONL file" in fail("--data", str(tmp_path / "missing.jsonl"))
+    assert "no such file" in fail("--data", str(tmp_path / "missing.jsonl"))
     assert "malformed.jsonl line 2: not JSON" in fail("--data", str(tmp_path / "malformed.jsonl"))
     assert "holds no problems" in fail("--data", str(tmp_path / "empty.jsonl"))
     assert "line 3: needs the fields" in fail("--data", str(tmp_path / "fields.jsonl"))
     assert "longer than the limit of 1024 tokens" in fail("--data", str(tmp_path / "long.jsonl"))
     assert "tokenizer" in fail(*small, "--model", str(tmp_path / "no_tokenizer"))
     assert "cannot load" in fail(*small, "--model", str(tmp_path / "nowhere"))
-    assert "not a reward model" in fail(*small, "--reward", "delta", "--prm", tiny)
+    assert "neither a reward model that prm.py trained" in fail(*small, "--reward", "delta", "--prm", tiny)
     assert "needs a reward model" in fail(*small, "--reward", "delta", "--label-problems", "0")
     assert "positions" in fail(*small, "--reward", "success", "--max-new-tokens", "300")
 
@@ -196,6 +202,116 @@ def test_labels_are_cached_and_made_anew_for_other_settings(tmp_path, tiny, caps
     assert out.count("cached in") == 1 and out.count("making") == 1  # the same labels
     run(*argv, "clip", "--completions", "3")
     assert capsys.readouterr().out.count("making") == 2
+
+
+def test_each_set_of_a_mixture_has_its_share_of_every_iteration():
+    assert train.shares(10, [3, 1]) == [8, 2] and train.shares(11, [3, 1]) == [8, 3] and train.shares(7, [0.2]) == [7]
+    for weights in ([3, 1], [0.1, 5, 2], [1, 1, 1]):
+        counts = [train.shares(n, weights) for n in range(200)]
+        for n, (before, after) in enumerate(zip(counts, counts[1:])):
+            assert sum(before) == n and sorted(b - a for a, b in zip(before, after))[-1] == 1  # one more, of one set
+            assert all(abs(count - n * w / sum(weights)) < 1 for count, w in zip(before, weights))
+
+
+def test_a_mixture_asks_each_question_once_in_each_pass_over_its_set():
+    trainer = SimpleNamespace(o=SimpleNamespace(questions=6, seed=0), parts=[(9, 2.0), (3, 1.0)])
+    asked = [q for i in range(1, 10) for q in train.Trainer.questions(trainer, i)]  # 54: 36 of the first, 18 of the second
+    first, second = [q for q in asked if q < 9], [q for q in asked if q >= 9]
+    for questions, size, low in ((first, 9, 0), (second, 3, 9)):
+        passes = [questions[i : i + size] for i in range(0, len(questions), size)]
+        assert all(sorted(x) == [*range(low, low + size)] for x in passes) and len({*map(tuple, passes)}) > 1
+    assert len(first) == 36 and len(second) == 18
+
+
+def test_training_questions_that_the_evaluation_asks_are_dropped_and_counted(tmp_path, capsys, tiny):
+    write = lambda name, *questions: (tmp_path / name).write_text(
+        "".join(json.dumps({"question": q, "answer": "1"}) + "\n" for q in questions)
+    )
+    write("a.jsonl", "What is $1+1$?", "what is 1+1", "What is 1-1?", "x")
+    write("b.jsonl", "WHAT  IS 2.5?", "What is 25?")
+    write("test.jsonl", "What is $1+1$?", "y", "What is 2.5?", "z")
+    names = f"{tmp_path}/a.jsonl=3,{tmp_path}/b.jsonl"
+    argv = ["--data", names, "--eval-data", f"{tmp_path}/test.jsonl", "--model", tiny, "--eval-problems", "1"]
+    problems, prompts, test, parts = train.load_data(train.parse(argv)[0])
+    assert [p.question for p in problems] == ["What is 1-1?", "x", "What is 25?"] and len(prompts) == 3 and len(test) == 1
+    assert [p.source[-7:] for p in problems] == ["a.jsonl", "a.jsonl", "b.jsonl"] and parts == [(2, 3.0), (1, 2)]
+    assert "3 training questions; dropped 1 that the evaluation asks too, and 2 more" in capsys.readouterr().out
+    with pytest.raises(UserError, match="asks all of one set's questions"):
+        train.load_data(train.parse([*argv, "--data", f"{tmp_path}/test.jsonl"])[0])
+    train.load_data(train.parse(["--data", f"{tmp_path}/a.jsonl", "--model", tiny])[0])
+    assert "training and evaluation ask the same questions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["trl", "own"])
+def test_a_reward_model_with_another_tokenizer_scores_each_step_of_the_policy(kind, tmp_path, tiny):
+    """A published PRM, and one of ours, whose tokens are other ones: a step's score is that of its characters."""
+    other, folder = other_tokenizer(), tmp_path / "prm"
+    lm = toy_model(other, seed=1, hidden=16, layers=1, heads=2)
+    if kind == "trl":
+        stock = AutoModelForTokenClassification.from_config(lm.config, attn_implementation="eager").eval()
+        stock.save_pretrained(folder)
+        other.save_pretrained(folder)
+    else:
+        reward_model = model.ScalarModel(lm)
+        torch.nn.init.normal_(reward_model.head.weight)
+        reward_model.save(other, folder)
+    argv = [*SMALL, "--model", tiny, "--reward", "prm", "--runs-dir", str(tmp_path), "--iterations", "1", "--prm"]
+    rows = [json.loads(line) for line in (run(*argv, str(folder)) / "samples.jsonl").read_text().splitlines()]
+    assert rows and all(len(row["scores"]) == row["steps"] for row in rows)
+    for row in rows:
+        for k, cut in enumerate(row["cuts"]):
+            pieces = [other.encode(step) for step in prm.steps_of(row)[: k + 1]]
+            if kind == "trl":
+                ids = other.encode(row["question"])
+                ids += [i for step in prm.steps_of(row)[: k + 1] for i in other.encode(step.strip()) + other.encode("\n")]
+                expected = stock(torch.tensor([ids])).logits[0, -1].softmax(-1)[1]
+            else:
+                last = not row["truncated"] and cut == len(row["response"])
+                ids = other.encode(row["question"]) + [i for piece in pieces for i in piece] + [other.eos_token_id] * last
+                expected = reward_model(model.Packed([ids], prompt_lengths=[1]))[-1].sigmoid()
+            assert row["scores"][k] == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_several_evaluation_sets_are_told_apart(tmp_path, tiny, capsys):
+    for name, questions in (("a", 3), ("b", 2)):
+        lines = [json.dumps(vars(p)) for p in toy_problems("test", 5)[-questions:]]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    names = [f"{tmp_path}/{name}.jsonl" for name in "ab"]
+    argv = [*SMALL, "--model", tiny, "--reward", "success", "--runs-dir", str(tmp_path), "--iterations", "1"]
+    row = metrics(run(*argv, "--eval-data", ",".join(names)))[0]
+    a, b = (row[f"greedy_accuracy:{name}"] for name in names)
+    assert row["greedy_accuracy"] == pytest.approx((3 * a + 2 * b) / 5) and f"sampled_stderr:{names[1]}" in row
+    assert "\n  a  " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("service", ["wandb", "tensorboard"])
+def test_metrics_go_to_a_service_that_is_installed_and_asked_for(service, tmp_path, tiny, monkeypatch):
+    seen = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            assert folder == str(tmp_path / "a" / "tensorboard") and purge_step == 1
+
+        def add_scalar(self, name, value, step):
+            seen.append((step, {name: value}))
+
+        def flush(self):
+            pass
+
+    def init(**more):
+        assert more["name"] == "a" and more["resume"] == "allow" and more["config"]["reward"] == "success"
+        return SimpleNamespace(log=lambda row, step: seen.append((step, row)))
+
+    wandb, board, writer = (ModuleType(name) for name in ("wandb", "tensorboard", "torch.utils.tensorboard"))
+    wandb.init, writer.SummaryWriter = init, Writer
+    for module in (wandb, board, writer):
+        module.__spec__ = ModuleSpec(module.__name__, None)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    argv = [*SMALL, "--model", tiny, "--reward", "success", "--runs-dir", str(tmp_path), "--name", "a", "--iterations", "2"]
+    rows = [json.loads(line) for line in (run(*argv, "--log", service) / "metrics.jsonl").read_text().splitlines()]
+    for step in (1, 2):
+        found = {k: v for at, part in seen if at == step for k, v in part.items()}
+        assert found == {k: v for k, v in rows[step].items() if k != "iteration" and v is not None}
 
 
 def test_an_interrupted_run_resumes_bit_equal(tmp_path, tiny, monkeypatch):
