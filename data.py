@@ -196,13 +196,16 @@ def mixture(names: str) -> dict[str, float | None]:
         return {names: None}
     weights = {}
     for part in names.split(","):
-        name, equals, weight = part.strip().rpartition("=") if "=" in part else (part.strip(), "", "")
+        weighted = "=" in part and not Path(part).exists()
+        name, equals, weight = part.strip().rpartition("=") if weighted else (part.strip(), "", "")
         try:
             weights[name] = float(weight) if equals else None
         except ValueError:
             raise UserError(f"{names}: the weight {weight!r} is not a number; write NAME=WEIGHT,NAME=WEIGHT") from None
         if not name or equals and not 0 < weights[name] < float("inf"):
             raise UserError(f"{names}: every data set needs a name, and a weight, if it has one, above 0")
+    if None in weights.values() and any(weights.values()):
+        raise UserError(f"{names}: give every data set a weight, or none of them, who then count by their size")
     return weights
 
 
@@ -217,11 +220,30 @@ def load_mixture(names: str, split: str, limit: int | None = None) -> tuple[list
     return problems, sizes
 
 
+def deal(counts: list[int], places: int, weights: list[float]) -> list[int]:
+    """Places for each weight, in all, after `places` more: each goes to the weight that would be furthest behind without it,
+    so that the counts stay about as near to their shares as whole numbers can, and none ever shrinks."""
+    counts, total = [*counts], sum(weights)
+    for place in range(sum(counts) + 1, sum(counts) + places + 1) if len(weights) > 1 else ():
+        counts[max(range(len(weights)), key=lambda i: weights[i] / total * place - counts[i])] += 1
+    return counts if len(weights) > 1 else [counts[0] + places]
+
+
+def draw(problems: list[Problem], sizes: list[tuple[int, float]], count: int, seed: int) -> list[Problem]:
+    """`count` random problems of a mixture, of each data set its share, as far as it has as many."""
+    rng, rest, out = random.Random(seed), iter(problems), []
+    for (n, _), share in zip(sizes, deal([0] * len(sizes), count, [weight for _, weight in sizes])):
+        out += rng.sample([next(rest) for _ in range(n)], min(share, n))
+    return rng.sample(out, len(out))
+
+
 def normalised(question: str) -> str:
-    """A question without case, spacing, dollar signs, quotes, and stops and commas that are not within a number: little
-    enough that 2+3 and 2-3, 1.5 and 15, x^{12} and x^12 stay different questions."""
-    text = re.sub(r"\\(?:left|right|displaystyle|[,;:! ])", "", question.replace("\\dfrac", "\\frac"))
-    return re.sub(r"""[\s$~?;:'"`‘’“”]|(?<!\d)[.,]|[.,](?!\d)""", "", text).casefold()
+    """A question without case, spacing around signs, dollar signs, quotes, and stops and commas that are not within a
+    number: little enough that 2+3 and 2-3, 1.5 and 15, .5 and 5, 3 1/2 and 31/2 stay different questions."""
+    text = question.casefold().replace("\\dfrac", "\\frac")
+    text = re.sub(r"\\(?:left|right|displaystyle)(?![a-z])|\\[,;:! ]|(?<=\d),(?=\d{3}(?!\d))", "", text)
+    text = re.sub(r"""[$~?;:,"`‘’“”]|(?<![a-z)])'|'(?![\w(])|\.(?!\d)""", " ", text)
+    return re.sub(r"\s*([^\w\s.])\s*", r"\1", " ".join(text.split()))
 
 
 def drop_known(problems: list[Problem], known: list[Problem]) -> tuple[list[Problem], int, int]:
@@ -257,15 +279,15 @@ def read_rows(name: str, split: str):
 
 def read_array(path: Path):
     """A .json file: one array, as MathInstruct has it, or in truth JSONL."""
-    with open(path, encoding="utf-8") as file:
-        if not file.read(64).lstrip().startswith("["):
-            yield from read_jsonl(path)
-            return
-        file.seek(0)
+    with open(path, "rb") as file:
+        array = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
         try:
-            rows = json.load(file)
+            file.seek(0)
+            rows = json.load(file) if array else []
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: not JSON ({error})") from None
+    if not array:
+        yield from read_jsonl(path)
     yield from ((f"{path} row {i}", row) for i, row in enumerate(rows, 1))
 
 
@@ -299,7 +321,7 @@ def load_hub(name: str, split: str):
 
     path, config = HUB.get(name, (name, None))
     if ONLY.get(name, split) != split:
-        raise UserError(f"{name} has no {split} split, choose another data set")
+        raise UserError(f"{name} has no {split} split: choose another data set for that (in train.py by --eval-data)")
     try:
         return datasets.load_dataset(path, config, split=split)
     except Exception as error:  # the hub's client raises many kinds; all mean the same to the user

@@ -1,7 +1,7 @@
 """Evaluation: greedy, sampled, pass@k, majority vote, best-of-N and weighted votes; of reward models too; runs compared.
 
-    python eval.py --model runs/NAME --n 16 --prm DIR                         # one model: a run, a folder or a hub name
-    python eval.py --model DIR --data math,gsm8k,FILE.jsonl --n 64 --prm Qwen/Qwen2.5-Math-PRM-7B
+    python eval.py --model runs/NAME --samples 16 --prm DIR                   # one model: a run, a folder or a hub name
+    python eval.py --model DIR --data math,gsm8k,FILE.jsonl --samples 64 --prm Qwen/Qwen2.5-Math-PRM-7B
     python eval.py --prm DIR --processbench gsm8k,math                        # the first wrong step
     python eval.py --prm DIR --orm DIR --pairs FILE.jsonl                     # chosen against rejected
     python eval.py --runs runs/A runs/B --figure curves.png
@@ -18,6 +18,8 @@ Left out: few-shot prompts, tools, reward models that do not fit one GPU.
 import hashlib
 import json
 import math
+import re
+import zlib
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
@@ -146,7 +148,7 @@ def measures(greedy: list[dict], rows: list[dict], n: int, weights: dict[str, li
     correct = [[row["correct"] for row in group] for group in groups]
     out = {"greedy accuracy": [float(row["correct"]) for row in greedy], "sampled accuracy": [sum(c) / n for c in correct]}
     ks = sorted({2**e for e in range(20) if 2**e <= n} | {n}) if n > 1 else []
-    votes = [same_answers([None if r["truncated"] else extract(r["response"]) for r in g]) for g in groups] if ks else []
+    votes = [[row["vote"] for row in group] for group in groups]
     for k in ks:
         out[f"pass@{k}"] = [pass_at_k(n, sum(c), k) for c in correct]
     for k in ks[1:]:
@@ -185,9 +187,14 @@ class Judge:
         batch, ends = self.read(rows)
         plan = batch.plan([i for i, ids in enumerate(batch.responses) if ids], 16384)
         if self.kind == "orm":
-            return [[score] for score in prm.score_outcomes(self.model, batch, plan, self.device).tolist()]
-        places, mask = prm.pad_steps(ends)
-        return [s[m].tolist() for s, m in zip(prm.score_steps(self.model, batch, places, plan, self.device), mask)]
+            found = prm.score_outcomes(self.model, batch, plan, self.device)[:, None]
+            mask = torch.ones_like(found, dtype=torch.bool)
+        else:
+            places, mask = prm.pad_steps(ends)
+            found = prm.score_steps(self.model, batch, places, plan, self.device)
+        if not found[mask].isfinite().all():
+            raise UserError(f"{self.path}: gives scores that are not finite: train it anew, or give another")
+        return [s[m].tolist() for s, m in zip(found, mask)]
 
 
 def ways(kind: str, scores: list[list[float]]) -> dict[str, list[float]]:
@@ -205,17 +212,19 @@ def first_wrong(scores: list[float], threshold: float) -> int:
 def process_bench(name: str, judge: Judge, o: "Options", rank: int, world: int) -> dict[str, float]:
     """First wrong step (arXiv 2412.06559): % found exactly among the solutions with one, % passed among those without, and
     their harmonic mean F1. name: a split of Qwen/ProcessBench, or a file in its format."""
-    found = read_rows(name, "test") if Path(name).exists() else enumerate(load_hub("Qwen/ProcessBench", name), 1)
+    local = Path(name).suffix or "/" in name or Path(name).exists()
+    found = read_rows(name, "test") if local else enumerate(load_hub("Qwen/ProcessBench", name), 1)
     rows, labels = [], []
     for where, row in found:
-        try:
-            text, steps, label = row["problem"], row["steps"], int(row["label"])
-            rows += prm.solution(text, steps, [0.0] * len(steps), finished=True, separator=o.separator)
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{where}: needs the fields problem, steps and label, as ProcessBench has them") from None
+        row = row if isinstance(row, dict) else {}
+        text, steps, label = (row.get(k) for k in ("problem", "steps", "label"))
+        listed = isinstance(text, str) and isinstance(steps, list) and steps and all(isinstance(x, str) for x in steps)
+        if not (listed and isinstance(label, int) and -1 <= label < len(steps)):
+            raise UserError(f"{where}: needs problem, steps (texts) and label (a step's index or -1), as in ProcessBench")
+        rows += prm.solution(text, steps, [0.0] * len(steps), o.separator, finished=True)
         labels.append(label)
-    if len(rows) != len(labels):
-        raise UserError(f"{name}: holds no solutions, or some without steps")
+    if not rows:
+        raise UserError(f"{name}: holds no solutions")
     mine = range(rank, len(rows), world)
     guesses = [first_wrong(s, o.threshold) for s in judge.scores([rows[i] for i in mine])] if mine else []
     guesses = dict(gather([*zip(mine, guesses)]))
@@ -230,8 +239,11 @@ def pairs_accuracy(name: str, judges: list[Judge], o: "Options", rank: int, worl
     """In the manner of RewardBench: for each way of judging and each subset, whether the chosen answer scored above the
     rejected one (P,); a tie counts as wrong."""
     pairs = [*read_rows(name, "filtered")]
-    if missing := [where for where, row in pairs if not {"prompt", "chosen", "rejected"} <= row.keys()]:
-        raise UserError(f"{missing[0]}: needs the fields prompt, chosen and rejected, as RewardBench has them")
+    texts = lambda row: isinstance(row, dict) and all(isinstance(row.get(k), str) for k in ("prompt", "chosen", "rejected"))
+    if missing := [where for where, row in pairs if not texts(row)]:
+        raise UserError(f"{missing[0]}: needs the texts prompt, chosen and rejected, as RewardBench has them")
+    if not pairs:
+        raise UserError(f"{name}: holds no pairs")
     mine, wins = range(rank, len(pairs), world), {}
     rows = [answer_row(pairs[i][1]["prompt"], pairs[i][1][side], o) for i in mine for side in ("chosen", "rejected")]
     for judge in judges:
@@ -279,7 +291,13 @@ def markdown(heads: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def results_table(results: dict[str, dict[str, list[float]]], sizes: dict[str, int], paper: dict) -> str:
+def of_k(measure: str) -> tuple[str, int]:
+    """`best of 4 by ORM` -> ("best of k by ORM", 4); k is 0 where a measure has none."""
+    found = re.match(r"(pass@|(?:majority|best|vote) of )(\d+)(.*)", measure)
+    return (f"{found[1]}k{found[3]}", int(found[2])) if found else (measure, 0)
+
+
+def results_table(results: dict[str, dict[str, list[float]]], sizes: dict[str, int], paper: dict, n: int) -> str:
     """Figures (mean, low, high) by data set, one beside the other, and the paper's beside ours where it has them."""
     heads, columns = ["% (95 % interval)"], []
     for name, figures in results.items():
@@ -289,8 +307,19 @@ def results_table(results: dict[str, dict[str, list[float]]], sizes: dict[str, i
             heads.append("the paper's")
             both = zip(("greedy accuracy", "sampled accuracy"), paper[name])
             columns.append({measure: f"{x:.2f}" for measure, x in both if x is not None})
-    names = dict.fromkeys(measure for figures in results.values() for measure in figures)
+    names = dict.fromkeys(measure for figures in results.values() for measure in figures if of_k(measure)[1] in (0, n))
     return markdown(heads, [[measure, *(column.get(measure, "") for column in columns)] for measure in names])
+
+
+def over_k(figures: dict[str, list[float]], name: str) -> str:
+    """How choosing among k answers grows with k; nothing where there is one answer."""
+    ks = sorted({of_k(measure)[1] for measure in figures} - {0})
+    methods = {of_k(measure)[0]: {} for measure in figures if of_k(measure)[1]}
+    for measure, (mean, *_) in figures.items():
+        if of_k(measure)[1]:
+            methods[of_k(measure)[0]][of_k(measure)[1]] = f"{100 * mean:.1f}"
+    rows = [[method, *(by.get(k, "") for k in ks)] for method, by in methods.items()]
+    return markdown([f"{name}, %", *(f"k = {k}" for k in ks)], rows) if rows else ""
 
 
 def breakdown(problems: list[Problem], values: dict[str, Tensor]) -> str:
@@ -406,7 +435,7 @@ class Options(TextOptions):
     figure: str = option("", "with --runs: write the curves to this file (png, pdf, svg)")
     data: str = option("", "problems: toy, gsm8k, math, math-500, files, NAME,NAME; empty: the run's evaluation problems")
     problems: int = option(0, "how many problems of each set at most; 0: all, and 1000 of the embedded world's")
-    n: int = option(1, "sampled answers per problem; above 1 also pass@k, votes, best-of-n")
+    samples: int = option(1, "sampled answers per problem, n; above 1 also pass@k, votes, best-of-n")
     prm: str = option("", "a PRM, by folder or hub name: best-of-n and weighted votes by it")
     prm_format: str = option("", "how a published --prm reads, where its name does not say", choices=["", *FORMATS])
     orm: str = option("", "folder of an ORM, likewise")
@@ -429,20 +458,20 @@ def parse(argv: list[str] | None = None) -> tuple[Options, tuple[str, str]]:
         raise UserError("give one of --model, --runs, or a reward model with --processbench or --pairs")
     if o.figure and not o.runs:
         raise UserError("--figure draws the curves of --runs: a model alone has none")
-    if o.model and (o.prm or o.orm) and o.n < 2:
-        raise UserError("--prm and --orm choose among several answers: give --n 2 or more")
+    if o.model and (o.prm or o.orm) and o.samples < 2:
+        raise UserError("--prm and --orm choose among several answers: give --samples 2 or more")
     if o.processbench and not o.prm or o.pairs and not (o.prm or o.orm):
         raise UserError("--processbench needs a --prm to evaluate, and --pairs a --prm or an --orm")
     if o.prm_format and not o.prm:
         raise UserError("--prm-format says how the --prm reads: give both, or neither")
-    if min(o.n, o.slots) < 1 or o.problems < 0 or o.temperature <= 0:
-        raise UserError("--n, --slots and --temperature must be above 0, and --problems at least 0")
+    if min(o.samples, o.slots) < 1 or o.problems < 0 or o.temperature <= 0:
+        raise UserError("--samples, --slots and --temperature must be above 0, and --problems at least 0")
     config, known = Path(o.model) / "config.json", (o.model.split("/")[-1].lower(), "")
     if o.model and (Path(o.model) / "model").is_dir() and config.is_file():  # a run: its own settings are the defaults
         run = json.loads(config.read_text())
         known = (run.get("preset", ""), run.get("reward", ""))
-        same = ("prompt", "separator", "max_prompt_tokens", "max_new_tokens", "slots", "temperature")
-        parser.set_defaults(data=run["eval_data"] or run["data"], **{k: run[k] for k in same})
+        same = ("prompt", "separator", "max_prompt_tokens", "max_new_tokens", "slots", "temperature", "dtype")
+        parser.set_defaults(data=run["eval_data"] or run["data"], **{k: run[k] for k in same if k in run})
         o = Options(**vars(parser.parse_args(argv)))
         o.model = str(Path(o.model) / "model")
     if o.model and not o.data:
@@ -451,11 +480,17 @@ def parse(argv: list[str] | None = None) -> tuple[Options, tuple[str, str]]:
 
 
 def evaluate_model(o: Options, known: tuple[str, str], rank: int, world: int, device) -> None:
+    names = [short(name) for name in mixture(o.data)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"two of the data sets are called {twice[0]}: rename a file, or evaluate them one by one")
     sets = {short(name): load_problems(name, "test", o.problems or None) for name in mixture(o.data)}
     tokenizer = load_tokenizer(o.model)
+    for kind in ("orm", "prm"):  # bad input first
+        if getattr(o, kind):
+            prm.find_format(getattr(o, kind), o.prm_format if kind == "prm" else "")
     for problems in sets.values():
-        encode_prompts(tokenizer, problems, o.prompt, o.max_prompt_tokens)  # bad input first
-    same = (*(f.name for f in fields(TextOptions)), "n", "temperature", "seed", "dtype")
+        encode_prompts(tokenizer, problems, o.prompt, o.max_prompt_tokens)
+    same = (*(f.name for f in fields(TextOptions)), "samples", "temperature", "seed", "dtype")
     settings = {"model": prm.identity(o.model), **{name: getattr(o, name) for name in same}}
     own = Path(o.model).parent.name if Path(o.model).name == "model" else Path(o.model).name
     folder = Path(o.out or f"runs/eval/{own}-{digest([settings, o.problems])}")
@@ -466,14 +501,14 @@ def evaluate_model(o: Options, known: tuple[str, str], rank: int, world: int, de
     sampler = lru_cache(lambda: as_sampler(load_causal_lm(o.model, DTYPES[o.dtype], device)))  # none if all is there
     answers, weights = {}, {name: {} for name in sets}
     for name, problems in sets.items():
-        for way, n, temperature in (("greedy", 1, 0.0), ("sampled", o.n, o.temperature)):
+        for way, n, temperature in (("greedy", 1, 0.0), ("sampled", o.samples, o.temperature)):
             how = dict(max_new_tokens=o.max_new_tokens, temperature=temperature, n=n, slots=o.slots, seed=o.seed)
-            make = lambda block, problems=problems, how=how: [
-                {k: v for k, v in row.items() if k not in ("ids", "ends")}
-                for row in answer(sampler(), tokenizer, problems, block, o.prompt, o.separator, **how)
-            ]
+            make = lambda block, problems=problems, how=how: with_votes(
+                answer(sampler(), tokenizer, problems, block, o.prompt, o.separator, **how), how["n"]
+            )
             answers[name, way] = file = folder / f"{name}-{way}.jsonl"
-            key, size = {**settings, "problems": prm.fingerprint(problems)}, max(1, 4 * o.slots // n)
+            size = max(1, min(4 * o.slots // n, -(-len(problems) // 64)))  # every one of up to 64 GPUs has some to do
+            key = {**settings, "problems": prm.fingerprint(problems)}
             prm.in_blocks(file, f"{name} {way}", key, len(problems), n, make, rank, world, size=size)
     sampler.cache_clear()  # room for the reward models
     for kind in ("orm", "prm"):
@@ -481,16 +516,25 @@ def evaluate_model(o: Options, known: tuple[str, str], rank: int, world: int, de
         for name, problems in sets.items() if getattr(o, kind) else ():
             model = {**settings, kind: prm.identity(getattr(o, kind)), "format": o.prm_format}
             file = folder / f"{name}-{kind}-{digest(model)}.jsonl"
-            score_answers(judge, answers[name, "sampled"], file, o.n, len(problems), model, rank, world)
-            flat = [s for row in read_answers(file) for s in row["scores"]]
-            of_each = {way: [w[i : i + o.n] for i in range(0, len(w), o.n)] for way, w in ways(kind, flat).items()}
-            weights[name] |= of_each
+            score_answers(judge, answers[name, "sampled"], file, o.samples, len(problems), model, rank, world)
+            found = ways(kind, [s for row in read_answers(file) for s in row["scores"]])
+            places = range(0, len(problems) * o.samples, o.samples)
+            weights[name] |= {way: [w[i : i + o.samples] for i in places] for way, w in found.items()}
     if rank == 0:
         report(o, known, sets, answers, weights, folder)
 
 
+def with_votes(rows: list[dict], n: int) -> list[dict]:
+    """What is kept of the answers; each with its "vote": which of the n answers to its problem is the first equal one."""
+    votes = []
+    for i in range(0, len(rows), n):
+        votes += same_answers([None if row["truncated"] else extract(row["response"]) for row in rows[i : i + n]])
+    kept = [{k: v for k, v in row.items() if k not in ("ids", "ends")} for row in rows]
+    return [row | {"vote": vote} for row, vote in zip(kept, votes)]
+
+
 def score_answers(judge, answers: Path, file: Path, n: int, problems: int, settings: dict, rank: int, world: int) -> None:
-    rows = read_answers(answers)
+    rows, settings = read_answers(answers), {**settings, "answers": zlib.crc32(answers.read_bytes())}
 
     def make(block) -> list[dict]:
         found = judge().scores([row for i in block for row in rows[i * n : (i + 1) * n]])
@@ -512,14 +556,16 @@ def report(o: Options, known: tuple[str, str], sets: dict, answers: dict, weight
     results, text, means = {}, [], {}
     for name, problems in sets.items():
         greedy, rows = (read_answers(answers[name, way]) for way in ("greedy", "sampled"))
-        values = measures(greedy, rows, o.n, weights[name])
+        values = measures(greedy, rows, o.samples, weights[name])
         results[name] = {measure: bootstrap(x) for measure, x in values.items()}
-        means[name] = {way: summarise(r, n) for way, r, n in (("greedy", greedy, 1), ("sampled", rows, o.n))}
-        few = ("greedy accuracy", "sampled accuracy", f"pass@{o.n}", f"majority of {o.n}")
+        means[name] = {way: summarise(r, n) for way, r, n in (("greedy", greedy, 1), ("sampled", rows, o.samples))}
+        if curve := over_k(results[name], name):
+            text.append(curve)
+        few = ("greedy accuracy", "sampled accuracy", f"pass@{o.samples}", f"majority of {o.samples}")
         if parts := breakdown(problems, {m: values[m] for m in few if m in values}):
             text.append(f"{name}:\n\n{parts}")
     sizes = {name: len(problems) for name, problems in sets.items()}
-    text.insert(0, results_table(results, sizes, PAPER.get(known, {})))
+    text.insert(0, results_table(results, sizes, PAPER.get(known, {}), o.samples))
     for way in ("greedy", "sampled"):
         keys = ("steps", "tokens", "repeats", "truncated")
         lines = [[name, *(f"{means[name][way][k]:.2f}" for k in keys)] for name in sets]
@@ -531,6 +577,7 @@ def report(o: Options, known: tuple[str, str], sets: dict, answers: dict, weight
 
 
 def evaluate_reward_models(o: Options, rank: int, world: int, device) -> None:
+    Path(o.out).parent.mkdir(parents=True, exist_ok=True)
     judges = {kind: Judge(o, kind, device) for kind in ("orm", "prm") if getattr(o, kind)}
     text, results = [], {}
     if o.processbench:

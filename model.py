@@ -371,7 +371,7 @@ def load_tokenizer(path: str, kind=AutoTokenizer):
             kind = PreTrainedTokenizerFast  # which splits text in its own way, whatever tokenizer.json says
         tokenizer = kind.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # which exception a missing or broken tokenizer raises varies between versions
-        mend = "give a local folder with a tokenizer.json"
+        mend = "give a local folder that has a tokenizer.json"
         raise UserError(f"{path}: cannot load a tokenizer ({first_line(error)}); {mend}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: the tokenizer has no EOS token, so no answer would ever end")

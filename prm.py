@@ -22,9 +22,11 @@ Left out: labels by tree search or by binary search for the first error, trainin
 import argparse
 import hashlib
 import json
+import math
 import os
 import random
 import re
+import shutil
 import time
 import zlib
 from collections.abc import Callable
@@ -40,7 +42,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, HfArgumentParser, LlamaTokenizer
 
 from data import (
-    SYSTEM, Problem, TextOptions, UserError, append, decode, encode_prompts, encode_steps, find_steps, is_toy,
+    SYSTEM, Problem, TextOptions, UserError, append, decode, draw, encode_prompts, encode_steps, find_steps, is_toy,
     load_mixture, mixture, option, oracle, read_rows, run_script, write,
 )  # fmt: skip
 from grader import grade
@@ -61,6 +63,11 @@ class LabelOptions(TextOptions):
     slots: int = option(256, "answers that decode at once")
     seed: int = option(0, "random seed")
 
+    def __post_init__(self):
+        super().__post_init__()
+        if min(self.problems, self.samples, self.completions, self.slots) < 1 or self.temperature <= 0:
+            raise UserError("--problems, --samples, --completions, --slots and --temperature must be above 0")
+
 
 @dataclass
 class TrainOptions:
@@ -77,10 +84,10 @@ class TrainOptions:
 
 def make_labels(
     policy, completer, tokenizer, problems: list[Problem], options: LabelOptions, path: Path, rank: int = 0, world: int = 1,
-    completer_tokenizer=None,
+    completer_tokenizer=None, made_by: dict | None = None,
 ) -> None:  # fmt: skip
-    """Write one line per solution to `path`, see `label_steps`, and print what the labels look like. Continues a file of
-    the same options; refuses another's. A completer with a tokenizer of its own reads the prefixes as text."""
+    """Write one line per solution to `path`, and print what the labels look like. Continues a file of the same options and
+    models (`made_by` names them); refuses another's. A completer with a tokenizer of its own reads the prefixes as text."""
     o, eos, reads = options, eos_ids(policy, tokenizer), completer_tokenizer or tokenizer
     problems = problems[: o.problems]
     prompts = encode_prompts(tokenizer, problems, o.prompt, o.max_prompt_tokens)
@@ -122,7 +129,8 @@ def make_labels(
         figures.update({"prefixes/s": f"{done[0] / seconds:.1f}", "completions": f"{done[1] / max(done[0], 1):.2f}"})
         return rows
 
-    settings = {**asdict(o), "questions": fingerprint(problems)}
+    settings = {**asdict(o), **(made_by or {}), "questions": fingerprint(problems)}
+    del settings["slots"]  # which change nothing
     in_blocks(path, "labels", settings, len(problems), o.samples, make, rank, world, figures)
     prefixes = all_reduce(torch.tensor(done[0])).item()
     if rank == 0:
@@ -132,22 +140,24 @@ def make_labels(
 def complete(completer, tokenizer, prefixes: list[tuple], problems: list[Problem], o: LabelOptions, **sampler) -> list[list]:
     """For each prefix (ids, limit, index of its problem, text) which of its completions were right.
 
-    A hard label is decided by the first right completion. So they are sampled in waves, of 1, 1, 2, 4, ...; each prefix
-    is prefilled once a wave, for all its completions. A few questions get all of them, see `audited`."""
-    outcomes, todo = [[] for _ in prefixes], list(range(len(prefixes)))
-    sampled, count = 0, o.completions if o.labels == "soft" else 1
-    while todo and count:
-        found = rollout(
-            completer, [prefixes[j][0] for j in todo], count, max_new_tokens=[prefixes[j][1] for j in todo],
-            seeds=[zlib.crc32(repr((o.seed, sampled, prefixes[j][0])).encode()) for j in todo], **sampler,
-        )  # fmt: skip
-        for j, samples in zip(todo, found):
-            _, _, i, text = prefixes[j]
-            texts = [text + decode(tokenizer, s.ids) for s in samples]
-            outcomes[j] += [not s.truncated and grade(problems[i].answer, x) for s, x in zip(samples, texts)]
-        todo = [j for j in todo if not any(outcomes[j]) or audited(problems[prefixes[j][2]].question)]
-        sampled += count
-        count = min(sampled, o.completions - sampled)
+    A hard label is decided by the first right completion, and no more are sampled; but a few questions get all of them,
+    see `audited`. A prefix is prefilled once for all completions that begin together."""
+    outcomes = [[] for _ in prefixes]
+
+    def decided(j: int, samples: list) -> bool:
+        _, _, i, text = prefixes[j]
+        texts = [text + decode(tokenizer, s.ids) for s in samples]
+        new = range(len(outcomes[j]), len(samples))
+        outcomes[j] += [not samples[k].truncated and grade(problems[i].answer, texts[k]) for k in new]
+        return any(outcomes[j]) and not audited(problems[i].question)
+
+    found = rollout(
+        completer, [prefix[0] for prefix in prefixes], o.completions, max_new_tokens=[prefix[1] for prefix in prefixes],
+        seeds=[zlib.crc32(repr((o.seed, prefix[0])).encode()) for prefix in prefixes],
+        decided=decided if o.labels == "hard" else None, **sampler,
+    )  # fmt: skip
+    for j, samples in enumerate(found):
+        decided(j, samples)
     return outcomes
 
 
@@ -184,7 +194,7 @@ def fingerprint(problems: list[Problem]) -> int:
 # ------------------------------------------------------------------------------------------------ labels of others
 
 
-def read_labels(source: str) -> list[dict]:
+def read_labels(source: str, separator: str = "\n") -> list[dict]:
     """Labelled solutions: rows with question, response, cuts (the ends of labelled steps, in characters), labels, correct,
     truncated. From a file of `make_labels`, or a file, folder or hub name in one of three formats, told by their fields:
 
@@ -192,6 +202,7 @@ def read_labels(source: str) -> list[dict]:
     - PRM800K: question, label.steps, each with rated completions; a neutral rating counts as good;
     - TRL's stepwise: prompt, completions, labels.
 
+    Steps that come one by one are joined by the separator, by which the policy will separate its own.
     Raises UserError for a missing file, or a row of none of them. Known faults (no steps, marks that do not fit) are left
     out, and counted."""
     rows, found, faulty = [], 0, 0
@@ -199,7 +210,12 @@ def read_labels(source: str) -> list[dict]:
         convert = next((f for fields, f in SOURCES.items() if isinstance(row, dict) and row.keys() >= set(fields)), None)
         if convert is None:
             raise UserError(f"{where}: not a row of step labels (see read_labels in prm.py for the four formats)")
-        new = convert(row)
+        try:
+            new = convert(row, separator)
+            if any(not (math.isfinite(y) and 0 <= y <= 1) for x in new for y in x["labels"]):
+                raise ValueError
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise UserError(f"{where}: not a row of step labels (see read_labels in prm.py for the four formats)") from None
         rows.extend(new)
         found, faulty = found + 1, faulty + (not new)
     if faulty and os.environ.get("RANK", "0") == "0":
@@ -209,7 +225,7 @@ def read_labels(source: str) -> list[dict]:
     return rows
 
 
-def from_shepherd(row: dict) -> list[dict]:
+def from_shepherd(row: dict, separator: str) -> list[dict]:
     text, mark = row["input"], "ки"
     first = re.search(r"step 1:", text, re.IGNORECASE)
     start = first.start() if first else text.find("?") + 1
@@ -221,10 +237,10 @@ def from_shepherd(row: dict) -> list[dict]:
             begin = max(start, text.rfind(mark, 0, end - len(mark)) + len(mark))
             steps.append(text[begin : end - len(mark)].strip())
             labels.append({"+": 1.0, "-": 0.0}.get(label))
-    return solution(text[:start].replace(mark, ""), steps, labels, finished=True)
+    return solution(text[:start].replace(mark, ""), steps, labels, separator, finished=True)
 
 
-def from_prm800k(row: dict) -> list[dict]:
+def from_prm800k(row: dict, separator: str) -> list[dict]:
     if row.get("is_quality_control_question") or row.get("is_initial_screening_question"):
         return []
     question, before, labels, out = row["question"]["problem"], [], [], []
@@ -233,29 +249,28 @@ def from_prm800k(row: dict) -> list[dict]:
         completions, chosen = step["completions"] or [], step["chosen_completion"]
         for i, completion in enumerate(completions):
             if i != chosen:  # a branch: of its steps only the last one is new
-                out += solution(question, [*before, completion["text"]], [*labels, good(completion)], last=True)
+                out += solution(question, [*before, completion["text"]], [*labels, good(completion)], separator, last=True)
         if chosen is None and not step["human_completion"]:
             break
         before.append((completions[chosen] if chosen is not None else step["human_completion"])["text"])
         labels.append(good(completions[chosen]) if chosen is not None else 1.0)
-    return out + solution(question, before, labels, finished=row["label"]["finish_reason"] == "solution")
+    return out + solution(question, before, labels, separator, finished=row["label"]["finish_reason"] == "solution")
 
 
-def from_trl(row: dict) -> list[dict]:
-    return solution(row["prompt"], [step.strip() for step in row["completions"]], [float(x) for x in row["labels"]], True)
+def from_trl(row: dict, separator: str) -> list[dict]:
+    steps, labels = [step.strip() for step in row["completions"]], [float(label) for label in row["labels"]]
+    return solution(row["prompt"], steps, labels, separator, finished=True)
 
 
 SOURCES = {  # by the fields that a row has
-    ("question", "response", "cuts", "labels", "correct", "truncated"): lambda row: [row],
+    ("question", "response", "cuts", "labels", "correct", "truncated"): lambda row, _: [row],
     ("input", "label"): from_shepherd,
     ("question", "label"): from_prm800k,
     ("prompt", "completions", "labels"): from_trl,
 }
 
 
-def solution(
-    question: str, steps: list[str], labels: list[float | None], finished=False, last=False, separator: str = "\n"
-) -> list[dict]:  # fmt: skip
+def solution(question: str, steps: list[str], labels: list, separator: str, finished=False, last=False) -> list[dict]:
     """One row, or none if a step has no label. last: only the last step's label is new. Whether a solution that is not
     finished is right, nobody knows."""
     if not steps or len(steps) != len(labels) or None in labels:
@@ -263,8 +278,8 @@ def solution(
     pieces = [step + separator for step in steps[:-1]] + [steps[-1]]
     cuts = [*accumulate(map(len, pieces))]
     cuts, labels = (cuts[-1:], labels[-1:]) if last else (cuts, labels)
-    row = {"question": question, "response": "".join(pieces), "cuts": cuts, "labels": labels}
-    return [row | {"correct": min(labels) > 0.5 if finished else None, "truncated": not finished}]
+    row = {"question": question.strip(), "response": "".join(pieces), "cuts": cuts, "labels": labels}
+    return [row | {"correct": labels[-1] > 0.5 if finished else None, "truncated": not finished}]
 
 
 # ------------------------------------------------------------------------------------------------ how a model reads
@@ -295,7 +310,8 @@ class Reader:
             ends = [[mark - 1 for mark in marks] for _, marks in read]
         longest = max((len(p) + len(r) for p, r in zip(batch.prompts, batch.responses)), default=0)
         if longest > self.limit:
-            raise UserError(f"{self.path} reads {self.limit} tokens, and an answer takes {longest}: lower --max-new-tokens")
+            mend = "lower --max-new-tokens, or leave it out"
+            raise UserError(f"{self.path} reads {self.limit} tokens, and an answer takes {longest}: {mend}")
         return batch, ends
 
 
@@ -532,18 +548,13 @@ def train_reward_model(
     being finite."""
     o = options
     rows = [row for row in rows if not held_out(row["question"])]
-    batch, ends = read_own(tokenizer, rows, prompt)
-    marks = targets(rows, batch, ends, o.kind)
-    usable = [i for i, m in enumerate(marks) if m]
+    labels = [row["labels"] if o.kind == "prm" else [row["correct"]] if row["correct"] is not None else [] for row in rows]
+    usable = [i for i, found in enumerate(labels) if found and rows[i]["response"]]
     if not usable:
         raise UserError(f"none of the {len(rows)} labelled solutions has a complete step: nothing to train the {o.kind} on")
-    positive = sum(y > 0.5 for m in marks for _, y in m) / sum(len(m) for m in marks)
-    if rank == 0 and not 0 < positive < 1:
-        print(f"warning: every {o.kind} label is {positive:.0f}, so its scores will tell nothing apart")
-    target, weight = torch.zeros(batch.mask.shape), torch.zeros(batch.mask.shape)
-    for i, m in enumerate(marks):
-        for t, y in m:
-            target[i, t], weight[i, t] = y, 1
+    positive = [label > 0.5 for i in usable for label in labels[i]]
+    if rank == 0 and len(set(positive)) == 1:
+        print(f"warning: every {o.kind} label is {positive[0]:d}, so its scores will tell nothing apart")
     learning = [p for p in model.lm.parameters() if p.requires_grad]
     groups = [{"params": learning, "lr": o.lr}, {"params": model.head.parameters(), "lr": o.head_lr}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
@@ -554,9 +565,14 @@ def train_reward_model(
     for _ in range(o.epochs):
         rng.shuffle(usable)
         for start in range(0, len(usable), o.batch_size):
-            step = usable[start : start + o.batch_size]
-            count, loss = weight[step].sum().item(), torch.zeros(())
-            for micro in batch.plans([step[rank::world]], token_budget)[0]:
+            step = [rows[i] for i in usable[start : start + o.batch_size]]
+            batch, ends = read_own(tokenizer, step, prompt)
+            target, weight = torch.zeros(2, *batch.mask.shape)  # (B, T)
+            for i, marks in enumerate(targets(step, batch, ends, o.kind)):
+                for t, y in marks:
+                    target[i, t], weight[i, t] = y, 1
+            count, loss = weight.sum().item(), torch.zeros(())
+            for micro in batch.plans([[*range(rank, len(step), world)]], token_budget)[0]:
                 packed, keep, _ = batch.pack(micro, device)
                 w, y = (x[micro][batch.mask[micro]].to(device) for x in (weight, target))
                 part = (F.binary_cross_entropy_with_logits(model(packed)[keep + 1], y, reduction="none") * w).sum() / count
@@ -597,7 +613,9 @@ def score_steps(model: ScalarModel, batch: Batch, ends: Tensor, plan: list[list[
 
 def score_outcomes(model: ScalarModel, batch: Batch, plan: list[list[int]], device) -> Tensor:
     """Outcome scores (B,): the ORM at the last token."""
-    last = (batch.mask.sum(1) - 1)[:, None]
+    if not batch.mask.shape[1]:
+        return torch.zeros(len(batch.mask))
+    last = (batch.mask.sum(1) - 1).clamp(min=0)[:, None]  # an answer without a token scores 0
     return score_tokens(model, batch, plan, device).gather(1, last).squeeze(1)
 
 
@@ -689,25 +707,27 @@ def in_blocks(
     was not. Raises UserError for a file of other settings, or one that is in use."""
     parts = path.with_name(path.name + ".parts")
     held = on_rank_0(lambda: lock(parts / "lock"), share=False)
-    missing = on_rank_0(lambda: left_to_do(path, parts, what, settings, total, each, size))
-    mine = [range(i, min(i + size, total)) for i in missing[rank::world]]
-    share = total if world == 1 else sum(map(len, mine))  # one rank's alone: the others do not wait for it
-    bar = tqdm(total=share, initial=share - sum(map(len, mine)), desc=what, unit="question", disable=rank > 0 or not missing)
-    for block in mine:
-        append(parts / f"{rank}.jsonl", make(block))
-        bar.update(len(block))
-        bar.set_postfix(figures or {})
-    bar.close()
-    barrier()
-    if rank == 0:
-        if missing:
+    try:
+        missing = on_rank_0(lambda: left_to_do(path, parts, what, settings, total, each, size))
+        mine = [range(i, min(i + size, total)) for i in missing[rank::world]]
+        share = total if world == 1 else sum(map(len, mine))  # one rank's alone: the others do not wait for it
+        start, hidden = share - sum(map(len, mine)), rank > 0 or not missing
+        bar = tqdm(total=share, initial=start, desc=what, unit="question", disable=hidden)
+        for block in mine:
+            append(parts / f"{rank}.jsonl", make(block))
+            bar.update(len(block))
+            bar.set_postfix(figures or {})
+        bar.close()
+        barrier()
+        if rank == 0 and any(parts.glob("*.jsonl")):  # ours, or of a call that was killed just here
             lines = whole_lines([path, *sorted(parts.glob("*.jsonl"))], each)
             write(path, "".join(line for i in range(total) for line in lines[i]))
-        for file in parts.glob("*"):
-            file.unlink()
-        held.close()
-        parts.rmdir()
-    barrier()
+        if rank == 0:
+            shutil.rmtree(parts)
+        barrier()
+    finally:
+        if held:
+            held.close()
 
 
 def left_to_do(path: Path, parts: Path, what: str, settings: dict, total: int, each: int, size: int) -> list[int]:
@@ -715,7 +735,8 @@ def left_to_do(path: Path, parts: Path, what: str, settings: dict, total: int, e
     sidecar = path.with_name(path.name + ".settings")
     if path.exists() and path.stat().st_size and not sidecar.exists():
         raise UserError(f"{path} exists and is not one of our {what}: choose another --out")
-    old = json.loads(sidecar.read_text()) if sidecar.exists() else settings
+    held = path.exists() or any(parts.glob("*.jsonl"))
+    old = json.loads(sidecar.read_text()) if sidecar.exists() and held else settings
     if changed := [f"{k} {old.get(k)} -> {v}" for k, v in settings.items() if old.get(k) != v]:
         raise UserError(f"{path} was made with other settings ({', '.join(changed)}); remove it or choose another --out")
     write(sidecar, json.dumps(settings))
@@ -739,34 +760,39 @@ def whole_lines(files: list[Path], each: int) -> dict[int, list[str]]:
         for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []:
             if line.endswith("\n"):
                 found.setdefault(json.loads(line)["index"], []).append(line)
-        out |= {i: lines for i, lines in found.items() if len(lines) == each}
+        out |= {i: lines[-each:] for i, lines in found.items() if len(lines) >= each}
     return out
 
 
 def identity(path: str) -> str:
     """What a cache was made from. For local files also their times of change, so that a new model is a new key."""
     p = Path(path)
-    files = sorted(p.glob("*.safetensors")) if p.is_dir() else [p] if p.is_file() else []
+    files = sorted(p.glob("*.safetensors")) or sorted(f for f in p.rglob("*") if f.is_file()) if p.is_dir() else []
+    files = files or ([p] if p.is_file() else [])
     return " ".join([str(p.resolve()) if files else path, *(str(f.stat().st_mtime_ns) for f in files)])
 
 
 def prepare_reward_model(
     cache: Path, model: str, completer: str, data: str, problems, label_options: LabelOptions, train_options: TrainOptions,
-    *, dtype=torch.float32, device="cpu", rank: int = 0, world: int = 1, token_budget: int = 16384,
+    *, questions: int = 0, dtype=torch.float32, device="cpu", rank: int = 0, world: int = 1, token_budget: int = 16384,
     checkpointed: bool = False,
 ) -> str:  # fmt: skip
     """Labels, then a reward model trained on them from the completer's weights, each made once; the model's folder.
 
-    problems() gives the questions; it is called only if the labels are not there yet. token_budget: packed tokens of a
-    micro-batch of the training; checkpointed: it recomputes its activations."""
+    problems() gives the questions; it is called only if the labels are not there yet. questions: the `fingerprint` of those
+    that they are drawn from. token_budget: packed tokens of a micro-batch of the training; checkpointed: it recomputes its
+    activations."""
     sources = [f"{identity(name)} {weight or ''}" for name, weight in mixture(data).items()]
-    key = {"model": identity(model), "completer": identity(completer), "data": sources, **asdict(label_options)}
+    made_by = {"model": identity(model), "completer": identity(completer)}
+    key = {**made_by, "data": sources, "questions": questions, **asdict(label_options)}
+    del key["slots"]  # which change nothing
     tokenizer, reads = load_tokenizer(model), load_tokenizer(completer)
 
     def label(folder):
         policy = load_causal_lm(model, dtype, device)
         other = policy if completer == model else load_causal_lm(completer, dtype, device)
-        make_labels(policy, other, tokenizer, problems(), label_options, folder / "labels.jsonl", rank, world, reads)
+        make_labels(policy, other, tokenizer, problems(), label_options, folder / "labels.jsonl", rank, world, reads,
+                    made_by)  # fmt: skip
 
     def train(folder):
         rows = read_labels(str(labels / "labels.jsonl"))
@@ -842,15 +868,17 @@ def main() -> None:
 def run_stage(stage: str, o: Options, label_options: LabelOptions, train_options: TrainOptions, rank, world, device) -> None:
     prompt, dtype = label_options.prompt, DTYPES[o.dtype]
     if stage == "label":
-        problems, _ = load_mixture(o.data, "train", label_options.problems)
+        problems, sizes = load_mixture(o.data, "train", label_options.problems if len(mixture(o.data)) == 1 else None)
+        problems = problems if len(sizes) == 1 else draw(problems, sizes, label_options.problems, label_options.seed)
         tokenizer = load_tokenizer(o.model)
         reads = load_tokenizer(o.completer) if o.completer else tokenizer
         policy = completer = load_causal_lm(o.model, dtype, device)
         if o.completer:
             completer = load_causal_lm(o.completer, dtype, device)
-        make_labels(policy, completer, tokenizer, problems, label_options, Path(o.out), rank, world, reads)
+        made_by = {"model": identity(o.model), "completer": identity(o.completer or o.model), "dtype": o.dtype}
+        make_labels(policy, completer, tokenizer, problems, label_options, Path(o.out), rank, world, reads, made_by)
         return
-    rows, where = read_labels(o.labels_file), dict(device=device, rank=rank, world=world)
+    rows, where = read_labels(o.labels_file, label_options.separator), dict(device=device, rank=rank, world=world)
     if stage == "train":
         tokenizer = load_tokenizer(o.model)
         model = shard(lambda home: new_reward_model(o.model, train_options, home), dtype, device)

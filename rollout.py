@@ -19,6 +19,7 @@ Left out: beam search, repetition penalties, paged caches, prefixes shared by di
 Run `python eval.py --model DIR --data FILE.jsonl` to sample from a model, `python tests/bench_rollout.py` to time it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -153,12 +154,14 @@ def rollout(
     top_p: float = 1.0,
     slots: int = 256,
     progress: str = "",
+    decided: Callable[[int, list[Sample]], bool] | None = None,
 ) -> list[list[Sample]]:
     """n samples for each prompt, in order: result[i][j] is sample j of prompts[i].
 
     model: a causal LM, or a Sampler of one, which keeps its memory and its graphs for the next call.
     max_new_tokens: one limit, or one for each prompt. seeds: one for each prompt (default: its index).
     temperature 0 is greedy. slots: how many samples decode at once. progress: text of a progress bar, "" for none.
+    decided: then a prompt's samples are drawn 1, 1, 2, 4, ... at a time, until decided(i, result[i]) or there are n.
     Raises UserError if a prompt and its limit do not fit the model's positions, ValueError for an empty prompt or limit."""
     if not prompts:
         return []
@@ -174,10 +177,10 @@ def rollout(
             "lower --max-new-tokens"
         )
     # the long ones first, so that no straggler is left decoding alone
-    order = sorted(range(len(prompts)), key=lambda i: -limits[i])
-    todo = [(i, j) for i in reversed(order) for j in reversed(range(n))]
-    out = [[None] * n for _ in prompts]
-    slots = min(slots, len(todo))
+    order, first = sorted(range(len(prompts)), key=lambda i: -limits[i]), 1 if decided else n
+    todo = [(i, j) for i in reversed(order) for j in reversed(range(first))]
+    out = [[None] * first for _ in prompts]
+    slots = min(slots, len(prompts) * n)
     seeds = uniforms(torch.tensor(range(len(prompts)) if seeds is None else seeds), n)
     seeds = seeds.view(torch.int64)  # (prompts, n): one well-mixed seed for each sample
     bar = tqdm(total=len(todo), desc=progress, unit="answer", disable=not progress, leave=False)
@@ -200,6 +203,11 @@ def rollout(
             for (i, j), ids in sampler.retire():
                 out[i][j] = Sample(i, ids, ids[-1] not in eos_ids)
                 bar.update()
+                if decided and None not in out[i] and not decided(i, out[i]):
+                    more = range(len(out[i]), min(2 * len(out[i]), n))
+                    todo += [(i, j) for j in reversed(more)]
+                    out[i] += [None] * len(more)
+                    bar.total += len(more)
     bar.close()
     sampler.model.train(was_training)
     return out

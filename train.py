@@ -28,6 +28,7 @@ import warnings
 import zlib
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -38,8 +39,8 @@ from transformers import HfArgumentParser
 
 import prm
 from data import (
-    TextOptions, UserError, append, drop_known, encode_prompts, is_toy, load_mixture, mixture, option, oracle, run_script,
-    toy_problems, toy_solution, toy_tokenizer, write,
+    TextOptions, UserError, append, deal, draw, drop_known, encode_prompts, is_toy, load_mixture, mixture, option, oracle,
+    run_script,    toy_problems, toy_solution, toy_tokenizer, write,
 )  # fmt: skip
 from eval import before_after, evaluate, judge, summarise
 from grader import VERDICTS
@@ -119,7 +120,8 @@ class Options(TextOptions):
     resume_from: int = option(0, "with --resume: from the checkpoint of this iteration; later ones are removed")
     save_every: int = option(10, "iterations between checkpoints; 0: only at the end")
     keep: int = option(2, "how many of the last checkpoints are kept")
-    log: str = option("", "log to this as well, if it is installed", choices=["", "tensorboard", "wandb"])
+    log_to: str = option("", "log to this as well, if it is installed (--log is taken by torchrun, where that starts us)",
+                         choices=["", "tensorboard", "wandb"], aliases=["--log"])  # fmt: skip
     # the plan
     plan: bool = option(False, "print what an iteration takes in memory and time, and stop; needs neither GPU nor network")
     gpus: int = option(0, "with --plan: how many GPUs, in nodes of 8; 0: 8")
@@ -142,14 +144,14 @@ PRESETS = {
 #   4 minibatches, gamma = lambda = 1         ReaLHF's defaults, the authors' own system
 #   max_new_tokens 1024                       Qwen's solutions of MATH rarely need more, and a hacked one must end
 #   separator                                 a blank line, where Qwen's models end a step, and Qwen's PRMs too
-#   2,000 labelled questions, 4 completions   a few hours of 8 GPUs; Math-Shepherd took 8 completions
+#   20,000 labelled questions, 4 completions  about an hour of 8 GPUs, says --plan; Math-Shepherd took 8 completions
 #   the reward model starts from the completer, and judges solutions that the policy itself sampled
 for family in ("Qwen2", "Qwen2-Math", "Qwen2.5-Math"):
     for size, questions in (("1.5B", 1024), ("7B", 4096)):
         PRESETS[f"{family}-{size}-Instruct".lower()] = dict(
             model=f"Qwen/{family}-{size}-Instruct", completer="Qwen/Qwen2-7B-Instruct", data="mathinstruct",
             eval_data="math,gsm8k", eval_problems=5000, separator="\n\n", dtype="bfloat16", questions=questions, samples=8,
-            max_new_tokens=1024, label_problems=2000,
+            max_new_tokens=1024, label_problems=20_000,
             **(dict(checkpoint_activations=True, slots=96) if size == "7B" else {}),  # see --plan
         )  # fmt: skip
 DEFAULT = "qwen2-1.5b-instruct"  # with CUDA
@@ -263,8 +265,8 @@ def check(o: Options) -> None:
             raise UserError(f"--{name} is not used by --reward {o.reward}: drop it, or choose a reward that uses it")
     if o.prm_format and not o.prm:
         raise UserError("--prm-format says how the --prm reads: give both, or neither")
-    if o.log and importlib.util.find_spec(o.log) is None:
-        raise UserError(f"--log {o.log} needs the package {o.log}: pip install it, or drop it")
+    if o.log_to and importlib.util.find_spec(o.log_to) is None:
+        raise UserError(f"--log-to {o.log_to} needs the package {o.log_to}: pip install it, or drop it")
     if kind and not getattr(o, kind) and o.label_problems <= 0:
         raise UserError(f"--reward {o.reward} needs a reward model: give --{kind} DIR, or let --label-problems be above 0")
     if o.reward == "success" and o.alpha is not None:
@@ -356,10 +358,7 @@ def prepare(o: Options, found: list, parts: list, rank: int, world: int, device)
     def problems():
         if o.data == "toy":
             return toy_problems("train", o.label_problems, seed=3000 + o.prepare_seed)
-        rng, rest, out = random.Random(o.prepare_seed), iter(found), []
-        for (n, _), count in zip(parts, shares(o.label_problems, [weight for _, weight in parts])):
-            out += rng.sample([next(rest) for _ in range(n)], min(count, n))
-        return rng.sample(out, len(out))
+        return draw(found, parts, o.label_problems, o.prepare_seed)
 
     labels = prm.LabelOptions(
         o.prompt, o.separator, o.max_prompt_tokens, o.max_new_tokens, problems=o.label_problems, samples=o.label_samples,
@@ -368,7 +367,8 @@ def prepare(o: Options, found: list, parts: list, rank: int, world: int, device)
     training = prm.TrainOptions(kind, o.rm_epochs, o.rm_lr, o.rm_head_lr, likelihood=o.rm_likelihood)
     dtype = DTYPES[o.dtype]
     return policy, prm.prepare_reward_model(
-        cache, policy, completer, o.data, problems, labels, training, dtype=dtype, device=device, rank=rank, world=world,
+        cache, policy, completer, o.data, problems, labels, training, questions=prm.fingerprint(found), dtype=dtype,
+        device=device, rank=rank, world=world,
         token_budget=o.token_budget, checkpointed=o.checkpoint_activations or device.type == "cuda",  # often larger
     )  # fmt: skip
 
@@ -382,6 +382,7 @@ class Trainer:
     def __init__(self, o: Options, data: tuple, model: str, reward_model: str, rank: int, world: int, device):
         self.o, self.rank, self.world, self.device = o, rank, world, device
         self.problems, self.prompts, self.test, self.parts = data
+        self.dealt = [[0] * len(self.parts)]
         self.toy = all(is_toy(p.question) for p in self.problems)  # of all ranks' problems: they must log the same metrics
         self.dtype = DTYPES[o.dtype]
         self.tokenizer = load_tokenizer(model)
@@ -474,9 +475,10 @@ class Trainer:
     def questions(self, iteration: int) -> list[int]:
         """Indices of the iteration's questions: of each data set its share, and every question once in each pass over its
         set, in an order of its own."""
-        Q, out, first = self.o.questions, [], 0
-        before, upto = (shares((iteration - i) * Q, [weight for _, weight in self.parts]) for i in (1, 0))
-        for (n, _), start, end in zip(self.parts, before, upto):
+        weights, out, first = [weight for _, weight in self.parts], [], 0
+        while len(self.dealt) <= iteration:  # of each data set how many, after each iteration
+            self.dealt.append(deal(self.dealt[-1], self.o.questions, weights))
+        for (n, _), start, end in zip(self.parts, self.dealt[iteration - 1], self.dealt[iteration]):
             places = range(start, end)
             orders = {e: random.Random(f"{self.o.seed}-{e}").sample(range(n), n) for e in {p // n for p in places}}
             out += [first + orders[p // n][p % n] for p in places]
@@ -512,7 +514,13 @@ class Trainer:
         o, plan, device = self.o, [rows for minibatch in plans for rows in minibatch], self.device
         read = batch, ends, plan
         if self.reward_model is not None and not self.read.same:  # another tokenizer, or another format: other tokens
-            other, places = self.read(answers)
+            problem = ""
+            try:
+                other, places = self.read(answers)
+            except UserError as error:
+                problem = str(error)
+            if problems := gather([problem] if problem else []):
+                raise BrokenReward(problems[0])
             read = other, prm.pad_steps(places)[0], other.plans([list(range(len(answers)))], o.token_budget)[0]
         logp_by = lambda policy: batch.map(lambda _, *packed: policy(*packed, o.temperature)[0], plan, device)
         jobs = [
@@ -571,15 +579,6 @@ class Trainer:
                 if p.requires_grad:
                     out |= {f"{kind}.{name}": p.detach(), **{f"{kind}.{name}/{k}": x for k, x in optimizer.state[p].items()}}
         return out
-
-
-def shares(places: int, weights: list[float]) -> list[int]:
-    """How many of the first `places` belong to each weight. They differ from its share by less than one, and none shrinks
-    as places are added: each new one goes to the weight that would be furthest behind without it."""
-    counts, total = [0] * len(weights), sum(weights)
-    for place in range(places if len(weights) > 1 else 0):
-        counts[max(range(len(weights)), key=lambda i: weights[i] / total * (place + 1) - counts[i])] += 1
-    return counts if len(weights) > 1 else [places]
 
 
 class BrokenReward(UserError):
@@ -701,7 +700,7 @@ def load_checkpoint(folder: Path, trainer: Trainer, sources: dict) -> int:
 
 FREE = (  # options that do not change what is computed
     "name", "resume", "resume_from", "iterations", "save_every", "keep", "runs_dir", "slots", "threads", "token_budget",
-    "checkpoint_activations", "offload_frozen", "log",
+    "checkpoint_activations", "offload_frozen", "log_to",
 )  # fmt: skip
 
 
@@ -771,11 +770,12 @@ def load_data(o: Options) -> tuple[list, list, list, list]:
     """Training problems, their prompts, evaluation problems, and (size, weight) of each training set: first of all, so that
     bad input costs no time. A question that the evaluation asks too is dropped."""
     tokenizer = load_tokenizer(o.model) if o.model else toy_tokenizer()
-    test, _ = load_mixture(o.eval_data or o.data, "test", o.eval_problems)
+    known, sizes = load_mixture(o.eval_data or o.data, "test", o.eval_problems if o.data == "toy" else None)
+    ends = [*accumulate(n for n, _ in sizes)]
+    test = [p for (n, _), end in zip(sizes, ends) for p in known[end - n :][: min(n, o.eval_problems)]]
     encode_prompts(tokenizer, test, o.prompt, o.max_prompt_tokens)
     found, sizes = load_mixture(o.data, "train")
     say = print if os.environ.get("RANK", "0") == "0" else lambda *_, **__: None
-    known = load_mixture(o.eval_data or o.data, "test")[0] if o.data != "toy" else []  # all of it, whatever --eval-problems
     if not o.eval_data and (same := [name for name in mixture(o.data) if Path(name).is_file()]):
         say(f"{', '.join(same)}: training and evaluation ask the same questions; --eval-data names others", flush=True)
         known = [p for p in known if p.source not in same]
@@ -794,6 +794,8 @@ def load_data(o: Options) -> tuple[list, list, list, list]:
 
 def run(o: Options, folder: Path, rank: int, world: int, device) -> None:
     data = load_data(o)
+    if o.prm or o.orm:
+        prm.find_format(o.prm or o.orm, o.prm_format)  # now, not after the preparation
     if device.type == "cuda" and o.model:
         per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         longest = max(map(len, data[1])) + o.max_new_tokens
@@ -878,9 +880,9 @@ def loop(o: Options, folder: Path, trainer: Trainer, sources: dict, interrupt: I
 
 
 def open_log(o: Options, folder: Path, start: int):
-    """log(metrics) to the service of --log, under the run's name; nothing without."""
+    """log(metrics) to the service of --log-to, under the run's name; nothing without."""
     numbers = lambda log: {k: v for k, v in log.items() if isinstance(v, int | float) and k != "iteration"}
-    if o.log == "tensorboard":
+    if o.log_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
@@ -891,7 +893,7 @@ def open_log(o: Options, folder: Path, start: int):
             writer.flush()
 
         return log
-    if o.log == "wandb":
+    if o.log_to == "wandb":
         import wandb
 
         name = f"{folder.name}-{zlib.crc32(str(folder.resolve()).encode()):08x}"

@@ -1,14 +1,15 @@
 """What sharing, stopping and deduplicating save when steps are labelled: 8 completions of each prefix.
 
-    OMP_NUM_THREADS=2 python tests/bench_prm.py [--hidden 512] [--layers 8] [--rounds 3]
+    python tests/bench_prm.py [--hidden 384] [--layers 6] [--solutions 8] [--prompt 150] [--rounds 3]
 
-A solution has 8 steps of 25 tokens behind a prompt of 100, as a short one of MATH has; a completion of p(k) is as long as
-what is missing, give or take a half. The model is random, so lengths are drawn, and a completion counts as right with
-probability `--right`, by a checksum of its text. The ways by turns, in one process:
+A solution has 8 steps of 25 tokens behind a prompt of 150, as a short one of MATH has in Qwen's chat template; a completion
+of p(k) is as long as what is missing, give or take a half. The model has six query heads for each key, as Qwen2's 1.5B has;
+it is random, so lengths are drawn, and a completion counts as right with probability `--right`, by a checksum of its text.
+The ways by turns, in one process:
 
     from scratch      every completion prefills its own prefix
     shared            a prefix is prefilled once, and its keys and values are copied to its completions (soft labels)
-    shared, stopped   in waves of 1, 1, 2, 4: none after the first right one (hard labels)
+    shared, stopped   1, 1, 2, 4 at a time, and none after the first right one (hard labels)
 """
 
 import argparse
@@ -28,9 +29,9 @@ import prm
 from data import Problem
 from model import ATTENTION, fuse
 from prm import LabelOptions
-from rollout import Sampler, rollout
+from rollout import Sample, Sampler, rollout
 
-VOCAB, PROMPT, STEPS, STEP = 2048, 100, 8, 25
+VOCAB, STEPS, STEP = 2048, 8, 25
 
 
 class Words:
@@ -42,16 +43,17 @@ class Words:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--solutions", type=int, default=2)
-    parser.add_argument("--slots", type=int, default=64)
+    parser.add_argument("--hidden", type=int, default=384)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--solutions", type=int, default=8)
+    parser.add_argument("--slots", type=int, default=128)
+    parser.add_argument("--prompt", type=int, default=150)
     parser.add_argument("--right", type=float, default=0.5)
     parser.add_argument("--rounds", type=int, default=3)
     a = parser.parse_args()
     config = Qwen2Config(
         vocab_size=VOCAB, hidden_size=a.hidden, intermediate_size=3 * a.hidden, num_hidden_layers=a.layers,
-        num_attention_heads=a.hidden // 64, num_key_value_heads=a.hidden // 64, max_position_embeddings=1024,
+        num_attention_heads=a.hidden // 64, num_key_value_heads=max(a.hidden // 384, 1), max_position_embeddings=1024,
     )  # fmt: skip
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -59,13 +61,18 @@ def main() -> None:
     sampler, rng = Sampler(lm), random.Random(0)
     prefixes = []  # as prm.complete wants them: ids, limit, index of the problem, text
     for i in range(a.solutions):
-        ids = [rng.randrange(VOCAB) for _ in range(PROMPT + STEPS * STEP)]
+        ids = [rng.randrange(VOCAB) for _ in range(a.prompt + STEPS * STEP)]
         for k in range(1, STEPS):
             missing = int((STEPS - k) * STEP * (0.5 + rng.random()))
-            prefixes.append((ids[: PROMPT + k * STEP], missing, i, ""))
+            prefixes.append((ids[: a.prompt + k * STEP], missing, i, ""))
     problems = [Problem(f"question {i}", "1") for i in range(a.solutions)]
     prm.grade = lambda gold, text: zlib.crc32(text.encode()) / 2**32 < a.right
     prm.audited = lambda question: False
+    ended = lambda samples: [Sample(s.prompt, s.ids, False) for s in samples]  # the limit stands for an end of their own
+    prm.rollout = lambda *args, decided, **more: [
+        ended(x)
+        for x in rollout(*args, decided=decided and (lambda i, samples: decided(i, ended(samples))), **more)
+    ]
     how = dict(temperature=1.0, slots=a.slots, eos_ids=[VOCAB])  # none: the limits end the answers
     labels = lambda kind: LabelOptions(completions=8, labels=kind)
 

@@ -12,9 +12,14 @@ from data import (
     Problem,
     UserError,
     decode,
+    draw,
+    drop_known,
     encode_prompts,
     is_toy,
+    load_mixture,
     load_problems,
+    mixture,
+    normalised,
     oracle,
     split_steps,
     find_steps,
@@ -330,6 +335,7 @@ def test_a_bad_row_is_one_line_with_its_number(line, message, tmp_path):
         ("missing.parquet", None, "no such file"),
         ("bad.parquet", b"PAR2", "cannot be read as Parquet"),
         ("bad.json", b'[{"question": "q"', "not JSON"),
+        ("latin.json", b'[{"question": "\xe9"}]', "not JSON"),
         (".", None, "doesn't contain any data files.*give a local copy instead: a .jsonl"),
     ],
 )
@@ -371,3 +377,62 @@ def test_a_prompt_that_is_too_long_or_empty_is_refused():
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="no tokens"):
         encode_prompts(tok, [Problem("", "")], "{question}", 12)
+
+
+# ------------------------------------------------------------------------------------------------ mixtures
+
+
+def test_a_mixture_is_read_with_weights_or_sizes(tmp_path):
+    assert mixture("math=2,gsm8k=0.5") == {"math": 2.0, "gsm8k": 0.5} and mixture(" a/b , c ") == {"a/b": None, "c": None}
+    (tmp_path / "a=b,c.jsonl").write_text('{"question": "q", "answer": "1"}')
+    assert mixture(str(tmp_path / "a=b,c.jsonl")) == {str(tmp_path / "a=b,c.jsonl"): None}
+    assert load_mixture("toy", "train", 5)[1] == [(5, 5)]
+    for wrong in ("math=", "math=x", "math=0", "math=-1", "math=nan", "=2", "a,,b", "math=2,gsm8k"):
+        with pytest.raises(UserError):
+            mixture(wrong)
+
+
+def test_problems_drawn_from_a_mixture_have_its_shares_and_are_its_own():
+    problems = [Problem(f"q{i}", "1") for i in range(30)]
+    drawn = draw(problems, [(20, 1.0), (10, 3.0)], 8, seed=0)
+    assert len(set(drawn)) == 8 and sum(p in problems[20:] for p in drawn) == 6 and drawn != draw(problems, [(30, 1)], 8, 0)
+    assert set(draw(problems, [(20, 1.0), (10, 3.0)], 100, seed=0)) == set(problems)
+
+
+@pytest.mark.parametrize(
+    "a, b, same",
+    [
+        ("What is $1+1$?", "what is 1 + 1", True),
+        ("Find $\\left( x \\right)$ of \\dfrac{1}{2}, now.", "Find (x) of \\frac{1}{2} now", True),
+        ("He has 1,000 'apples'.", "He has 1000 apples", True),
+        ("2+3", "2-3", False),
+        ("1.5", "15", False),
+        (".5", "5", False),
+        ("3 1/2", "31/2", False),
+        ("1, 2, 3", "12, 3", False),
+        ("f'(2)", "f(2)", False),
+        ("a \\leftarrow b", "a \\rightarrow b", False),
+        ("x^{12}", "x^12", False),
+        ("5!", "5", False),
+    ],
+)
+def test_questions_are_the_same_when_normalised_only_if_they_ask_the_same(a, b, same):
+    assert (normalised(a) == normalised(b)) == same
+    kept, exact, alike = drop_known([Problem(a, "1"), Problem("c", "1")], [Problem(b, "1")])
+    assert (len(kept), exact, alike) == ((1, 0, 1) if same else (2, 0, 0))
+
+
+def test_the_files_of_a_data_set_as_the_hub_keeps_them(tmp_path):
+    from pyarrow import Table, parquet
+
+    rows = [{"problem": f"q{i}", "level": "Level 2", "type": "Algebra", "solution": "\\boxed{1}"} for i in range(3)]
+    expected = [Problem(f"q{i}", "\\boxed{1}", "Algebra", "2") for i in range(3)]
+    (tmp_path / "set/data").mkdir(parents=True)
+    for split, part in (("train", rows[:2]), ("test", rows[2:])):
+        parquet.write_table(Table.from_pylist(part), tmp_path / f"set/data/{split}-00000-of-00001.parquet")
+    assert load_problems(str(tmp_path / "set")) == expected[:2]
+    assert load_problems(str(tmp_path / "set"), "test") == expected[2:]
+    (tmp_path / "x.json").write_text(json.dumps(rows))  # MathInstruct's form
+    (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, rows)))
+    parquet.write_table(Table.from_pylist(rows), tmp_path / "x.parquet")
+    assert all(load_problems(str(tmp_path / name)) == expected for name in ("x.json", "lines.json", "x.parquet"))

@@ -61,9 +61,11 @@ def test_best_of_k_and_votes_are_means_over_groups_of_k():
 
 
 def test_all_measures_of_two_problems_by_hand():
-    row = lambda answer, gold: {"response": f"####{answer}", "correct": answer == gold, "truncated": False}
+    row = lambda answer, gold: {"response": f"####{answer}", "correct": float(answer) == float(gold), "truncated": False}
     greedy = [row("5", "5"), row("1", "2")]
     rows = [row(x, "5") for x in ("5", "5", "7", "5")] + [row(x, "2") for x in ("1", "2", "1", "1.0")]
+    rows = evaluation.with_votes([row | {"ids": [1], "ends": [0]} for row in rows], 4)
+    assert "ids" not in rows[0] and [row["vote"] for row in rows] == [0, 0, 2, 0, 0, 1, 0, 0]
     values = measures(greedy, rows, 4, {"X": [[0.1, 0.2, 0.9, 0.3], [0.0, 1.0, 0.2, 0.2]]})
     found = {name: x.tolist() for name, x in values.items()}
     assert found["greedy accuracy"] == [1, 0] and found["sampled accuracy"] == found["pass@1"] == [0.75, 0.25]
@@ -121,15 +123,15 @@ def problems(tmp_path) -> str:
 def test_a_model_is_evaluated_once_and_a_second_call_goes_on(folder, problems, monkeypatch, capsys, tmp_path):
     out, other = tmp_path / "out", tmp_path / "other.jsonl"
     other.write_text(json.dumps({"question": "11b+5=", "answer": "16"}))
-    argv = ["--model", folder / "lm", "--data", f"{problems},{other}", "--prompt", "{question}", "--n", 4, "--out", out]
-    argv += ["--max-new-tokens", 20]
+    argv = ["--model", folder / "lm", "--data", f"{problems},{other}", "--prompt", "{question}", "--samples", 4]
+    argv += ["--max-new-tokens", 20, "--out", out]
     plain = call(monkeypatch, capsys, *argv)
     greedy, loads = (out / "math-greedy.jsonl").read_bytes(), []
     monkeypatch.setattr(evaluation, "load_causal_lm", lambda *_: loads.append(1))
     text = call(monkeypatch, capsys, *argv, "--prm", folder / "rm", "--orm", folder / "rm")
     assert not loads and (out / "math-greedy.jsonl").read_bytes() == greedy  # the answers were there
-    for words in ("greedy accuracy", "sampled accuracy", "pass@1", "pass@2", "pass@4", "majority of 4", "best of 4 by ORM",
-                  "vote of 2 by ORM", *(f"best of 4 by PRM {a}" for a in AGGREGATES)):  # fmt: skip
+    for words in ("greedy accuracy", "sampled accuracy", "pass@4", "majority of 4", "best of 4 by ORM", "vote of k by ORM",
+                  "| math, % | k = 1 | k = 2 | k = 4 |", *(f"best of 4 by PRM {a}" for a in AGGREGATES)):  # fmt: skip
         assert words in text
     assert "| % (95 % interval) | math, 5 problems | other, 1 problems |" in text
     assert "| Algebra | 3 |" in text and "| level 2 | 2 |" in text and "| Algebra | 3 |" in plain
@@ -146,19 +148,27 @@ def test_the_default_folder_is_named_by_the_settings(folder, problems, monkeypat
     monkeypatch.chdir(tmp_path)
     argv = ["--model", folder / "lm", "--data", problems, "--prompt", "{question}", "--max-new-tokens", 9]
     for n in (1, 2, 2):
-        call(monkeypatch, capsys, *argv, "--n", n)
+        call(monkeypatch, capsys, *argv, "--samples", n)
     found = sorted(p.name for p in (tmp_path / "runs/eval").iterdir())
     assert len(found) == 2 and all(name.startswith("lm-") for name in found)
 
 
 def test_the_papers_figures_stand_beside_those_of_its_models():
-    results = {"math": {"greedy accuracy": (0.3, 0.25, 0.35), "pass@16": (0.5, 0.4, 0.6)}, "toy": {"pass@16": (1, 1, 1)}}
-    table = evaluation.results_table(results, {"math": 5000, "toy": 3}, PAPER["qwen2-1.5b-instruct", "clip-delta"])
+    math = {"greedy accuracy": (0.3, 0.25, 0.35), "pass@1": (0.3, 0.2, 0.4), "pass@16": (0.5, 0.4, 0.6)}
+    results, paper = {"math": math, "toy": {"pass@16": (1, 1, 1)}}, PAPER["qwen2-1.5b-instruct", "clip-delta"]
+    table = evaluation.results_table(results, {"math": 5000, "toy": 3}, paper, 16)
     assert table.splitlines() == [
         "| % (95 % interval) | math, 5000 problems | the paper's | toy, 3 problems |",
         "| --- | --- | --- | --- |",
         "| greedy accuracy | 30.0 (25.0 to 35.0) | 31.44 |  |",
         "| pass@16 | 50.0 (40.0 to 60.0) |  | 100.0 (100.0 to 100.0) |",
+    ]
+    math["best of 16 by PRM min"] = (0.45, 0.4, 0.5)
+    assert evaluation.over_k(math, "math").splitlines() == [
+        "| math, % | k = 1 | k = 16 |",
+        "| --- | --- | --- |",
+        "| pass@k | 30.0 | 50.0 |",
+        "| best of k by PRM min |  | 45.0 |",
     ]
     assert evaluation.parse(["--model", "Qwen/Qwen2-1.5B-Instruct", "--data", "math"])[1] in PAPER
 
@@ -273,8 +283,10 @@ def test_runs_side_by_side_as_a_table_and_a_figure(tmp_path, monkeypatch, capsys
         ("--model a --data gsm8k --prm-format qwen", "give both, or neither"),
         ("--prm ./nowhere --pairs x.jsonl", "cannot read"),
         ("--model a --data toy=0", "above 0"),
+        ("--model a --data ./x/test.jsonl,./y/test.jsonl", "two of the data sets are called test"),
+        ("--model a --data gsm8k=1,toy", "a weight, or none of them"),
         ("--model a --data toy --figure x.png", "--figure draws"),
-        ("--model a --data toy --prm x", "--n 2 or more"),
+        ("--model a --data toy --prm x", "--samples 2 or more"),
         ("--model a", "--data"),
         ("--runs nowhere", "not the folder of a run"),
         ("--model a --dta toy", "unrecognized"),
@@ -305,3 +317,30 @@ def test_evaluation_does_not_change_the_models_mode():
     model = toy_model(TOKENIZER, seed=0, hidden=16, layers=1, heads=2).train()
     evaluation.evaluate(model, TOKENIZER, [Problem("41b+5=", "46")], "{question}", "\n", max_new_tokens=5)
     assert model.training and torch.is_grad_enabled()
+
+
+def test_scores_that_are_not_finite_stop_the_evaluation(folder, tmp_path):
+    reward_model = ScalarModel.load(folder / "rm")
+    torch.nn.init.constant_(reward_model.head.bias, torch.nan)
+    reward_model.save(TOKENIZER, tmp_path / "nan")
+    row = {"question": "41b+5=", "response": "b41+5=46\n####46", "cuts": [9, 15], "truncated": False}
+    for kind in ("prm", "orm"):
+        options = evaluation.Options(prm=str(folder / "rm"), orm=str(folder / "rm"), prompt="{question}")
+        judge = evaluation.Judge(options, kind, "cpu")
+        scores = judge.scores([row, {**row, "response": "", "cuts": [], "truncated": True}])
+        assert [len(s) for s in scores] == ([2, 0] if kind == "prm" else [1, 1])
+        setattr(options, kind, str(tmp_path / "nan"))
+        with pytest.raises(UserError, match="scores that are not finite"):
+            evaluation.Judge(options, kind, "cpu").scores([row])
+
+
+@pytest.mark.parametrize("kind", ["pairs", "processbench"])
+def test_rows_of_another_form_get_one_sentence(kind, tmp_path, monkeypatch, capsys, known_scores):
+    monkeypatch.setattr(evaluation, "Judge", known_scores)
+    good = {"prompt": "q", "chosen": "1", "rejected": "0", "problem": "q", "steps": ["1"], "label": 0}
+    for bad in ({"chosen": None, "steps": "abc"}, {"chosen": [{"role": "user"}], "label": 1}, {"prompt": 3, "steps": []}):
+        (tmp_path / "x.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(good | bad))
+        monkeypatch.setattr(sys, "argv", ["eval.py", "--prm", "x", f"--{kind}", str(tmp_path / "x.jsonl")])
+        with pytest.raises(SystemExit):
+            run_script(evaluation.main)
+        assert "x.jsonl line 2: needs" in capsys.readouterr().err

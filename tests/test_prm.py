@@ -34,7 +34,7 @@ def scripted(monkeypatch):
     """A sampler that plays back: solutions from a list, completions right with a known pattern."""
     calls = []
 
-    def play(model, prompts, n, *, max_new_tokens, **_):
+    def play(model, prompts, n, *, max_new_tokens, decided=None, **_):
         calls.append((model, prompts, max_new_tokens))
         if model == "policy":
             return [[Sample(i, ids, truncated) for ids, truncated in play.solutions] for i in range(len(prompts))]
@@ -42,15 +42,16 @@ def scripted(monkeypatch):
         for i, prompt in enumerate(prompts):
             wrong_so_far = "=99" in TOKENIZER.decode(prompt)
             tails = ["####00", "####46", "####46"] if not wrong_so_far else ["####00", "####01", "####02"]
-            place = sum(n for before, n in play.waves if prompt in before)
-            out.append([Sample(i, script(tail) + [1], False) for tail in tails[place : place + n]])
-        play.waves.append((prompts, n))
+            samples, count = [Sample(i, script(tail) + [1], False) for tail in tails], 1 if decided else n
+            while count < n and not decided(i, samples[:count]):
+                count = min(2 * count, n)
+            out.append(samples[:count])
         return out
 
     monkeypatch.setattr(prm, "rollout", play)
     monkeypatch.setattr(prm, "as_sampler", lambda model: model)
     monkeypatch.setattr(prm, "eos_ids", lambda *_: [1])
-    play.calls, play.waves = calls, []
+    play.calls = calls
     return play
 
 
@@ -75,19 +76,18 @@ def test_a_truncated_solution_is_wrong_and_its_unfinished_step_has_no_label(scri
 
 
 def test_hard_labels_stop_at_the_first_right_completion_unless_audited(scripted, tmp_path, monkeypatch):
-    """The completions of a right prefix are wrong, right, right: waves of 1, 1, ... find the right one in the second."""
+    """The completions of a right prefix are wrong, right, right."""
     options = LabelOptions(**{**vars(OPTIONS), "labels": "hard", "completions": 3})
     solutions = [(script("b41+5=46\n####46") + [1], False), (script("b41+5=99\n####99") + [1], False)]
     for audit in (False, True):
         monkeypatch.setattr(prm, "audited", lambda question, audit=audit: audit)
-        scripted.solutions, scripted.waves = solutions, []
+        scripted.solutions = solutions
         file = tmp_path / f"{audit}.jsonl"
         make_labels("policy", "completer", TOKENIZER, [Problem("41b+5=", "46")], options, file)
         a, b = read_labels(str(file))
         assert a["labels"] == [1.0, 1.0] and b["labels"] == [0.0, 0.0]  # the same labels either way
         assert b["outcomes"] == [[False, False, False], []]
         assert a["outcomes"] == ([[False, True, True], []] if audit else [[False, True], []])
-        assert [n for _, n in scripted.waves] == [1, 1, 1]
 
 
 def test_equal_prefixes_are_completed_once(scripted, tmp_path):
@@ -143,12 +143,32 @@ def test_a_label_file_that_was_cut_off_is_completed(kept, tiny, tmp_path):
     assert cut.read_bytes() == lines and lines.count(b"\n") == 12
 
 
+def test_a_call_that_is_killed_while_it_collects_the_rows_loses_none(tmp_path, monkeypatch):
+    make, path, write = lambda block: [{"index": i} for i in block], tmp_path / "a.jsonl", prm.write
+    full = lambda to, text: write(to, text) if to != path else exec("raise OSError('the disk is full')")
+    monkeypatch.setattr(prm, "write", full)
+    with pytest.raises(OSError):
+        prm.in_blocks(path, "rows", {}, 100, 1, make)
+    monkeypatch.setattr(prm, "write", write)
+    prm.in_blocks(path, "rows", {}, 100, 1, lambda block: pytest.fail("all rows were there"), size=7)
+    assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [*range(100)]
+    path.unlink()
+    prm.in_blocks(path, "rows", {"other": 1}, 3, 1, make)  # what was removed may be made with other settings
+    assert len(path.read_text().splitlines()) == 3
+
+
 def test_labels_of_other_settings_are_refused_with_the_difference(tiny, tmp_path):
     file = tmp_path / "l.jsonl"
     make_labels(tiny, tiny, TOKENIZER, toy_problems("train", 2), OPTIONS, file)
     other = LabelOptions(**{**vars(OPTIONS), "completions": 5})
     with pytest.raises(UserError, match="completions 3 -> 5"):
         make_labels(tiny, tiny, TOKENIZER, toy_problems("train", 2), other, file)
+    with pytest.raises(UserError, match="model a -> b"):
+        for name in "ab":
+            where = dict(path=tmp_path / "m.jsonl", made_by={"model": name})
+            make_labels(tiny, tiny, TOKENIZER, toy_problems("train", 2), OPTIONS, **where)
+    more_slots = LabelOptions(**{**vars(OPTIONS), "slots": 3})
+    make_labels(tiny, tiny, TOKENIZER, toy_problems("train", 2), more_slots, file)  # which change nothing
     (tmp_path / "mine.jsonl").write_text("precious\n")
     with pytest.raises(UserError, match="not one of our labels"):
         make_labels(tiny, tiny, TOKENIZER, toy_problems("train", 2), OPTIONS, tmp_path / "mine.jsonl")
@@ -199,7 +219,7 @@ def test_targets_of_the_prm_and_of_the_orm():
 
 
 def test_labels_by_others_are_read_and_their_faults_left_out(tmp_path, capsys):
-    def read(*rows) -> list[tuple]:
+    def read(*rows) -> list[tuple]:  # question, steps, labels, correct, truncated
         file = tmp_path / "x.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return [(r["question"], prm.steps_of(r), r["labels"], r["correct"], r["truncated"]) for r in read_labels(str(file))]
@@ -210,7 +230,7 @@ def test_labels_by_others_are_read_and_their_faults_left_out(tmp_path, capsys):
     marked = {"input": "Ann ки has? Step 1: One. ки", "label": "Ann + has? Step 1: One. -"}  # a mark within the question
     no_steps = {"input": "Ann has?", "label": "Ann has?"}
     assert read(shepherd, marked, no_steps) == [
-        ("How many + -? ", steps, [1.0, 0.0, 0.0], False, False), ("Ann  has? ", ["Step 1: One."], [0.0], False, False)
+        ("How many + -?", steps, [1.0, 0.0, 0.0], False, False), ("Ann  has?", ["Step 1: One."], [0.0], False, False)
     ]  # fmt: skip
     assert "1 of 3 rows hold no usable steps" in capsys.readouterr().out
 
@@ -233,8 +253,10 @@ def test_labels_by_others_are_read_and_their_faults_left_out(tmp_path, capsys):
     # a branch keeps its prefix in the text, and labels its last step alone
     assert [x[2] for x in found] == [[0.0], [0.0], [1.0]]
     assert [x[1] for x in found] == [["bad"], ["neutral\nwrong"], ["neutral"]]
-    with pytest.raises(UserError, match="line 1: not a row of step labels"):
-        read({"question": "1"})
+    for row in ({"question": "1"}, {"question": "q", "label": 3}, {"input": 5, "label": "x"}, {**trl, "labels": ["y"]}, [1],
+                {**trl, "labels": [1, 7]}, {**trl, "prompt": [{"role": "user"}]}):  # fmt: skip
+        with pytest.raises(UserError, match="line 1: not a row of step labels"):
+            read(row)
 
 
 def labelled(n: int) -> list[dict]:

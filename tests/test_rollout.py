@@ -247,6 +247,24 @@ def test_samples_of_a_prompt_differ_and_a_seed_gives_the_same_again():
 # ------------------------------------------------------------------------------------------------ limits
 
 
+def test_a_prompt_gets_more_samples_until_it_is_decided_and_they_are_those_of_a_full_call():
+    ours, asked = tiny("qwen2")[1], []
+    how = dict(max_new_tokens=6, eos_ids=[3], seeds=[7 * i for i in range(len(PROMPTS))])
+    full = answers(rollout(ours, PROMPTS, 7, **how))
+    wanted = [3, 1, 9, 2, 5, 7, 1, 4, 6]  # decided once there are as many
+
+    def decided(i, samples):
+        asked.append((i, len(samples)))
+        return len(samples) >= wanted[i]
+
+    for slots in (2, 64):
+        asked.clear()
+        some = answers(rollout(ours, PROMPTS, 7, slots=slots, decided=decided, **how))
+        assert [len(row) for row in some] == [4, 1, 7, 2, 7, 7, 1, 4, 7]  # 1, 2, 4, 7 at most
+        assert some == [row[: len(got)] for row, got in zip(full, some)]
+        assert [n for i, n in asked if i == 2] == [1, 2, 4, 7] and [n for i, n in asked if i == 1] == [1]
+
+
 def test_truncated_says_that_the_limit_was_met_without_eos():
     _, ours = tiny("qwen2")
     eos, go = [3, 11], lambda limit: rollout(ours, PROMPTS, 4, max_new_tokens=limit, eos_ids=[3, 11])

@@ -11,9 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_prm import other_tokenizer
+from torch.distributed.run import get_args_parser
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
 import data
+import eval as evaluation
 import model
 import prm
 import train
@@ -102,6 +104,7 @@ def test_alpha_defaults_by_reward_and_is_overridden_by_hand():
         ("--preset nothing", "choose"),
         ("--prm-format qwen", "give both, or neither"),
         ("--log wandb", "pip install it, or drop it"),
+        ("--log-to tensorboard", "needs the package tensorboard"),
     ],
 )
 def test_wrong_combinations_fail_at_parse_time_with_the_mend(argv, words):
@@ -205,16 +208,20 @@ def test_labels_are_cached_and_made_anew_for_other_settings(tmp_path, tiny, caps
 
 
 def test_each_set_of_a_mixture_has_its_share_of_every_iteration():
-    assert train.shares(10, [3, 1]) == [8, 2] and train.shares(11, [3, 1]) == [8, 3] and train.shares(7, [0.2]) == [7]
+    assert data.deal([0, 0], 10, [3, 1]) == [8, 2] and data.deal([8, 2], 1, [3, 1]) == [8, 3]
+    assert data.deal([2], 7, [0.2]) == [9]
     for weights in ([3, 1], [0.1, 5, 2], [1, 1, 1]):
-        counts = [train.shares(n, weights) for n in range(200)]
+        counts = [[0] * len(weights)]
+        for _ in range(200):
+            counts.append(data.deal(counts[-1], 1, weights))
+        assert data.deal(counts[0], 200, weights) == counts[200]
         for n, (before, after) in enumerate(zip(counts, counts[1:])):
             assert sum(before) == n and sorted(b - a for a, b in zip(before, after))[-1] == 1  # one more, of one set
             assert all(abs(count - n * w / sum(weights)) < 1 for count, w in zip(before, weights))
 
 
 def test_a_mixture_asks_each_question_once_in_each_pass_over_its_set():
-    trainer = SimpleNamespace(o=SimpleNamespace(questions=6, seed=0), parts=[(9, 2.0), (3, 1.0)])
+    trainer = SimpleNamespace(o=SimpleNamespace(questions=6, seed=0), parts=[(9, 2.0), (3, 1.0)], dealt=[[0, 0]])
     asked = [q for i in range(1, 10) for q in train.Trainer.questions(trainer, i)]  # 54: 36 of the first, 18 of the second
     first, second = [q for q in asked if q < 9], [q for q in asked if q >= 9]
     for questions, size, low in ((first, 9, 0), (second, 3, 9)):
@@ -230,7 +237,7 @@ def test_training_questions_that_the_evaluation_asks_are_dropped_and_counted(tmp
     write("a.jsonl", "What is $1+1$?", "what is 1+1", "What is 1-1?", "x")
     write("b.jsonl", "WHAT  IS 2.5?", "What is 25?")
     write("test.jsonl", "What is $1+1$?", "y", "What is 2.5?", "z")
-    names = f"{tmp_path}/a.jsonl=3,{tmp_path}/b.jsonl"
+    names = f"{tmp_path}/a.jsonl=3,{tmp_path}/b.jsonl=2"
     argv = ["--data", names, "--eval-data", f"{tmp_path}/test.jsonl", "--model", tiny, "--eval-problems", "1"]
     problems, prompts, test, parts = train.load_data(train.parse(argv)[0])
     assert [p.question for p in problems] == ["What is 1-1?", "x", "What is 25?"] and len(prompts) == 3 and len(test) == 1
@@ -270,6 +277,31 @@ def test_a_reward_model_with_another_tokenizer_scores_each_step_of_the_policy(ki
                 ids = other.encode(row["question"]) + [i for piece in pieces for i in piece] + [other.eos_token_id] * last
                 expected = reward_model(model.Packed([ids], prompt_lengths=[1]))[-1].sigmoid()
             assert row["scores"][k] == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_a_reward_model_that_cannot_read_an_answer_stops_the_run_before_the_iteration(tmp_path, tiny, monkeypatch):
+    other, folder = other_tokenizer(), tmp_path / "prm"
+    model.ScalarModel(toy_model(other, seed=1, hidden=16, layers=1, heads=2)).save(other, folder)
+    argv = [*SMALL, "--model", tiny, "--reward", "prm", "--runs-dir", str(tmp_path), "--name", "a", "--prm", str(folder)]
+    score, calls = train.Trainer.score, []
+
+    def short(self, *args):
+        calls.append(self.read)
+        self.read.limit = 1024 if len(calls) < 3 else 5
+        return score(self, *args)
+
+    monkeypatch.setattr(train.Trainer, "score", short)
+    with pytest.raises(UserError, match="reads 5 tokens, and an answer takes"):
+        run(*argv)
+    assert (tmp_path / "a" / "checkpoint-000002").is_dir()  # nothing is lost
+
+
+def test_no_option_is_one_that_torchrun_would_take_for_its_own():
+    known = [option for action in get_args_parser()._actions for option in action.option_strings]
+    for options in (train.Options, evaluation.Options, prm.Options, prm.LabelOptions, prm.TrainOptions):
+        for name in options.__dataclass_fields__:
+            for flag in (f"--{name}", f"--{name.replace('_', '-')}"):
+                assert flag not in known and not any(option.startswith(flag) for option in known), flag
 
 
 def test_several_evaluation_sets_are_told_apart(tmp_path, tiny, capsys):
