@@ -1,8 +1,8 @@
 """The handwritten KV-cached sampler: continuous batching over the slots of a preallocated cache.
 
     while there is work:
-        fill     prefill the prompts of new samples, packed in one forward; a prompt shared by several samples is computed
-                 once and its keys and values are copied
+        fill     prefill the prompts of new samples, packed in one forward; a prompt of several samples, or one that another
+                 begins with, is computed once and its keys and values are copied
         step     one token for every live slot; on CUDA one captured graph per (slots, window), replayed
         retire   finished samples leave, the last live slots move into the gaps: live slots stay 0 .. B-1
 
@@ -14,7 +14,7 @@ Tokens, lengths and noise live on the device, and a step reads nothing back. Whe
 every few steps and read one such copy later, so that the GPU never waits; a done row meanwhile decodes into its own slot
 and changes nothing.
 
-Left out: beam search, repetition penalties, paged caches, prefixes shared by different prompts.
+Left out: beam search, repetition penalties, paged caches, what prompts share that are not one the beginning of another.
 
 Run `python eval.py --model DIR --data FILE.jsonl` to sample from a model, `python tests/bench_rollout.py` to time it.
 """
@@ -176,8 +176,12 @@ def rollout(
             f"a prompt and its response may take {longest} tokens, but the model has only {positions} positions; "
             "lower --max-new-tokens"
         )
-    # the long ones first, so that no straggler is left decoding alone
-    order, first = sorted(range(len(prompts)), key=lambda i: -limits[i]), 1 if decided else n
+    # the long ones first, so that no straggler is left decoding alone; those that begin alike together
+    within, most = longest_of_each(prompts, range(len(prompts))), {}
+    for i, limit in enumerate(limits):
+        most[within[i]] = max(limit, most.get(within[i], 0))
+    order = sorted(range(len(prompts)), key=lambda i: (-most[within[i]], within[i], -limits[i]))
+    first = 1 if decided else n
     todo = [(i, j) for i in reversed(order) for j in reversed(range(first))]
     out = [[None] * first for _ in prompts]
     slots = min(slots, len(prompts) * n)
@@ -258,14 +262,17 @@ class Sampler:
         slot_of = {}  # prompt -> the slot that its prefill writes
         for slot, (i, _) in enumerate(new, start):
             slot_of.setdefault(i, slot)
-        unique = list(slot_of)
-        unique.sort(key=lambda i: len(prompts[i]))  # equally long prompts side by side, see `model.packed_sdpa`
-        slots = torch.tensor([slot_of[i] for i in unique])
-        packed = Packed([prompts[i] for i in unique], device, cache=self.cache, slots=slots)
-        logits = forward(self.model, packed.ids, packed, packed.last)[0]  # (prompts, V)
-        row_of = {i: row for row, i in enumerate(unique)}
+        within = longest_of_each(prompts, slot_of)
+        whole = sorted(set(within.values()), key=lambda i: len(prompts[i]))  # equal ones side by side, see `packed_sdpa`
+        slots = torch.tensor([slot_of[i] for i in whole])
+        packed = Packed([prompts[i] for i in whole], device, cache=self.cache, slots=slots)
+        begin = dict(zip(whole, packed.starts))
+        last = torch.tensor([begin[within[i]] + len(prompts[i]) - 1 for i in slot_of])
+        logits = forward(self.model, packed.ids, packed, last.to(device))[0]  # (prompts, V)
+        row_of = {i: row for row, i in enumerate(slot_of)}
         rows = torch.tensor([row_of[i] for i, _ in new])
-        source, target = slots[rows], torch.arange(start, start + len(new))
+        source = torch.tensor([slot_of[within[i]] for i, _ in new])
+        target = torch.arange(start, start + len(new))
         shared = source != target
         if shared.any():
             self.cache.copy(source[shared].to(device), target[shared].to(device), packed.max_length)
@@ -349,6 +356,17 @@ class Sampler:
         self.longest = int(self.length[:stay].max()) if stay else 0
         self.look = None  # its rows have moved
         return out
+
+
+def longest_of_each(prompts: list[list[int]], which) -> dict[int, int]:
+    """For each of these prompts one that begins with it, as long as there is: prefilling that one serves both. In the order
+    of a dictionary, who begins another prompt begins the next one."""
+    out, after = {}, None
+    for i in sorted(which, key=lambda i: prompts[i], reverse=True):
+        begins = after is not None and prompts[after][: len(prompts[i])] == prompts[i]
+        out[i] = out[after] if begins else i
+        after = i
+    return out
 
 
 def capture_graph(step, captured: list):

@@ -8,7 +8,8 @@ it is random, so lengths are drawn, and a completion counts as right with probab
 The ways by turns, in one process:
 
     from scratch      every completion prefills its own prefix
-    shared            a prefix is prefilled once, and its keys and values are copied to its completions (soft labels)
+    shared            a solution is prefilled once, and keys and values are copied to the completions of its prefixes, as
+                      far as they begin together (soft labels)
     shared, stopped   1, 1, 2, 4 at a time, and none after the first right one (hard labels)
 """
 
@@ -19,6 +20,7 @@ import sys
 import time
 import zlib
 from pathlib import Path
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -78,7 +80,8 @@ def main() -> None:
 
     def scratch():
         again = [prefix for prefix in prefixes for _ in range(8)]
-        rollout(sampler, [p[0] for p in again], 1, max_new_tokens=[p[1] for p in again], **how)
+        with patch("rollout.longest_of_each", lambda prompts, which: {i: i for i in which}):
+            rollout(sampler, [p[0] for p in again], 1, max_new_tokens=[p[1] for p in again], **how)
 
     ways = {
         "from scratch": scratch,

@@ -7,6 +7,7 @@ import torch
 from test_model import padded, random_sequences, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import rollout as sampler_module
 from data import UserError
 from rollout import Batch, Sampler, draw, invert, rollout, uniforms
 
@@ -245,6 +246,26 @@ def test_samples_of_a_prompt_differ_and_a_seed_gives_the_same_again():
 
 
 # ------------------------------------------------------------------------------------------------ limits
+
+
+def test_prompts_that_begin_alike_are_prefilled_once_and_answered_as_if_they_were_not(monkeypatch):
+    ours, base = tiny("llama gqa")[1], random_sequences([12], seed=9)[0]
+    other = [base[0], base[1], (base[2] + 1) % 40]
+    prompts = [base[:5], other, base, base[:1], base[:5], other[:2], base[:9]]
+    how = dict(max_new_tokens=8, eos_ids=NEVER)
+    alone = [rollout(ours, [p], 3, seeds=[i], **how)[0] for i, p in enumerate(prompts)]
+    lengths, pack = [], sampler_module.Packed
+
+    def packed(sequences, *args, **more):
+        lengths.append([len(s) for s in sequences])
+        return pack(sequences, *args, **more)
+
+    monkeypatch.setattr(sampler_module, "Packed", packed)
+    for slots in (64, 4):
+        lengths.clear()
+        together = rollout(ours, prompts, 3, seeds=[*range(7)], slots=slots, **how)
+        assert [[s.ids for s in row] for row in together] == [[s.ids for s in row] for row in alone]
+        assert slots < 64 or lengths == [[3, 12]]  # all in two rows
 
 
 def test_a_prompt_gets_more_samples_until_it_is_decided_and_they_are_those_of_a_full_call():
