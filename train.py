@@ -140,8 +140,8 @@ PRESETS = {
 }  # fmt: skip
 # The paper's six models. Batch, training and evaluation questions and completer are the paper's. What it leaves open is
 # ours, for these reasons:
-#   alpha, eta, beta, learning rates, epochs  the general defaults above; ALPHA is what the embedded world bore
-#   4 minibatches, gamma = lambda = 1         ReaLHF's defaults, the authors' own system
+#   alpha, eta, beta, learning rates          the general defaults above; ALPHA is what the embedded world bore
+#   1 epoch, 4 minibatches, gamma = lambda = 1: ReaLHF's defaults, the authors' own system
 #   max_new_tokens 1024                       Qwen's solutions of MATH rarely need more, and a hacked one must end
 #   separator                                 a blank line, where Qwen's models end a step, and Qwen's PRMs too
 #   20,000 labelled questions, 4 completions  about an hour of 8 GPUs, says --plan; Math-Shepherd took 8 completions
