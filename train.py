@@ -779,17 +779,27 @@ def load_data(o: Options) -> tuple[list, list, list, list]:
     if not o.eval_data and (same := [name for name in mixture(o.data) if Path(name).is_file()]):
         say(f"{', '.join(same)}: training and evaluation ask the same questions; --eval-data names others", flush=True)
         known = [p for p in known if p.source not in same]
-    problems, parts, start, dropped, altered = [], [], 0, 0, 0
+    problems, prompts, parts, start, dropped = [], [], [], 0, [0] * 4
     for n, weight in sizes:
-        kept, exact, alike = drop_known(found[start : start + n], known)
-        problems, parts, start = problems + kept, parts + [(len(kept), weight)], start + n
-        dropped, altered = dropped + exact, altered + alike
+        kept, *alike = drop_known(found[start : start + n], known)
+        start += n
         if not kept:
             raise UserError(f"--data {o.data}: the evaluation asks all of one set's questions; choose another --eval-data")
+        unique = [*{p.question: p for p in kept}.values()]
+        encoded = encode_prompts(tokenizer, unique, o.prompt, 1 << 30)
+        fits = [i for i, prompt in enumerate(encoded) if len(prompt) <= o.max_prompt_tokens]
+        if not fits:
+            encode_prompts(tokenizer, unique, o.prompt, o.max_prompt_tokens)  # which says so
+        problems, prompts = problems + [unique[i] for i in fits], prompts + [encoded[i] for i in fits]
+        parts.append((len(fits), weight))
+        counts = (*alike, len(kept) - len(unique), len(unique) - len(fits))
+        dropped = [x + y for x, y in zip(dropped, counts)]
     if o.data != "toy":
-        say(f"{len(problems)} training questions; dropped {dropped} that the evaluation asks too, and {altered} more that "
-            "differ from one of its own in spacing, case or punctuation alone", flush=True)  # fmt: skip
-    return problems, encode_prompts(tokenizer, problems, o.prompt, o.max_prompt_tokens), test, parts
+        why = ("the evaluation asks too", "differ from one of its own in spacing, case or punctuation alone",
+               "repeat another", f"have more than {o.max_prompt_tokens} tokens")  # fmt: skip
+        counts = ", ".join(f"{n} that {reason}" for n, reason in zip(dropped, why))
+        say(f"{len(problems)} training questions; dropped {counts}", flush=True)
+    return problems, prompts, test, parts
 
 
 def run(o: Options, folder: Path, rank: int, world: int, device) -> None:

@@ -235,14 +235,16 @@ def test_training_questions_that_the_evaluation_asks_are_dropped_and_counted(tmp
         "".join(json.dumps({"question": q, "answer": "1"}) + "\n" for q in questions)
     )
     write("a.jsonl", "What is $1+1$?", "what is 1+1", "What is 1-1?", "x")
-    write("b.jsonl", "WHAT  IS 2.5?", "What is 25?")
+    write("b.jsonl", "WHAT  IS 2.5?", "What is 25?", "What is 25?", "1+" * 600 + "1")
     write("test.jsonl", "What is $1+1$?", "y", "What is 2.5?", "z")
     names = f"{tmp_path}/a.jsonl=3,{tmp_path}/b.jsonl=2"
     argv = ["--data", names, "--eval-data", f"{tmp_path}/test.jsonl", "--model", tiny, "--eval-problems", "1"]
     problems, prompts, test, parts = train.load_data(train.parse(argv)[0])
     assert [p.question for p in problems] == ["What is 1-1?", "x", "What is 25?"] and len(prompts) == 3 and len(test) == 1
     assert [p.source[-7:] for p in problems] == ["a.jsonl", "a.jsonl", "b.jsonl"] and parts == [(2, 3.0), (1, 2)]
-    assert "3 training questions; dropped 1 that the evaluation asks too, and 2 more" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "3 training questions; dropped 1 that the evaluation asks too, 2 that differ from one of its own" in said
+    assert "1 that repeat another, 1 that have more than 1024 tokens" in said
     with pytest.raises(UserError, match="asks all of one set's questions"):
         train.load_data(train.parse([*argv, "--data", f"{tmp_path}/test.jsonl"])[0])
     train.load_data(train.parse(["--data", f"{tmp_path}/a.jsonl", "--model", tiny])[0])
