@@ -145,7 +145,12 @@ def test_a_label_file_that_was_cut_off_is_completed(kept, tiny, tmp_path):
 
 def test_a_call_that_is_killed_while_it_collects_the_rows_loses_none(tmp_path, monkeypatch):
     make, path, write = lambda block: [{"index": i} for i in block], tmp_path / "a.jsonl", prm.write
-    full = lambda to, text: write(to, text) if to != path else exec("raise OSError('the disk is full')")
+
+    def full(to, text):
+        if to == path:
+            raise OSError("the disk is full")
+        write(to, text)
+
     monkeypatch.setattr(prm, "write", full)
     with pytest.raises(OSError):
         prm.in_blocks(path, "rows", {}, 100, 1, make)
