@@ -805,7 +805,9 @@ def load_data(o: Options) -> tuple[list, list, list, list]:
 def run(o: Options, folder: Path, rank: int, world: int, device) -> None:
     data = load_data(o)
     if o.prm or o.orm:
-        prm.find_format(o.prm or o.orm, o.prm_format)  # now, not after the preparation
+        found = prm.find_format(o.prm or o.orm, o.prm_format)  # now, not after the preparation
+        if o.orm and found != "own":
+            raise UserError(f"--orm {o.orm}: a published PRM; give it as --prm, with a reward that reads one")
     if device.type == "cuda" and o.model:
         per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         longest = max(map(len, data[1])) + o.max_new_tokens
