@@ -1,23 +1,24 @@
-"""Problems, prompts and steps: the embedded toy world, GSM8K, MATH, MathInstruct, and any JSONL.
+"""Problems, prompts and steps: the embedded worlds, GSM8K, MATH, MathInstruct, and any JSONL.
 
 A `Problem` is a question and its gold answer (bare, or a reference solution that holds it: grader.py reads both).
-The *embedded world* needs no download, and its steps can be checked exactly (`oracle`), which no natural data set
-allows. A problem is a chain of 3 to 6 operations, applied from left to right, modulo 100; the letters b, c, ...
-number the operations:
+The *embedded worlds* need no download, and their steps can be checked exactly (`oracle`), which no natural data set
+allows. In `toy` a problem is a chain of 3 to 6 operations, applied from left to right, modulo 100, which the letters
+number. In `sums` it is a sum of two numbers of 4 to 7 digits, given column by column (b42c05 is 40 + 25): every step is
+as easy as the first, and the answer is gathered from all of them.
 
-    question   41b+5c+3d-9e*5f+2=
-    response   b41+5=46       46 is carried to the next line
-               c46+3=49
-               d49-9=40
-               e40*5=00
-               f00+2=02
+    question   41b+5c+3d-9e*5f+2=                                     b42c05d97e16=
+    response   b41+5=46       46 is carried to the next line          e1+6+0=07      column e, and nothing carried
+               c46+3=49                                               d9+7+0=16
+               d49-9=40                                               c0+5+1=06      1 is carried
+               e40*5=00                                               b4+2+0=06
+               f00+2=02                                               ####06667      the last carry, then the digits
                ####02         the answer, in GSM8K's notation, then <eos>
 
 Several data sets make a mixture: `"mathinstruct=3,gsm8k=1"`. Training questions that an evaluation asks too are dropped.
 
 Left out: near duplicates in other words, answers that are checked by running code.
 
-Run `python data.py toy` (or gsm8k, math, math-500, mathinstruct, FILE.jsonl) to see a few problems.
+Run `python data.py toy` (or sums, gsm8k, math, math-500, mathinstruct, FILE.jsonl) to see a few problems.
 """
 
 import json
@@ -30,6 +31,7 @@ import sys
 import time
 import zlib
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate
@@ -75,35 +77,18 @@ class Problem:
     source: str = ""  # the data set that it is from, in a mixture
 
 
-# ------------------------------------------------------------------------------------------------ the embedded world
-
-TOY_CHARS = "0123456789bcdefg+-*=\n"
-STEP_LETTERS = "bcdefg"
+# ------------------------------------------------------------------------------------------------ the embedded worlds
 
 
-def toy_problem(rng: random.Random) -> Problem:
+def chain_question(rng: random.Random) -> str:
     value = rng.randrange(100)
-    question = f"{value:02d}"
-    for letter in STEP_LETTERS[: rng.randint(3, 6)]:
-        question += letter + rng.choice("+-*") + str(rng.randint(2, 9))
-    question += "="
-    return Problem(question, toy_lines(question)[-1])
+    letters = "bcdefg"[: rng.randint(3, 6)]
+    return f"{value:02d}" + "".join(letter + rng.choice("+-*") + str(rng.randint(2, 9)) for letter in letters) + "="
 
 
-TOY_QUESTION = re.compile(r"(\d\d)((?:[b-g][-+*]\d)+)=")
-
-
-def is_toy(question: str) -> bool:
-    return TOY_QUESTION.fullmatch(question) is not None
-
-
-def toy_lines(question: str) -> list[str]:
-    """The one right line of each step, then the answer line: `["b41+5=46", ..., "####02"]`."""
-    match = TOY_QUESTION.fullmatch(question)
-    if match is None:
-        raise UserError(f"{question!r} is not a problem of the embedded world (such as 41b+5c*3=)")
-    lines, value = [], int(match[1])
-    for letter, op, operand in re.findall(r"([b-g])([-+*])(\d)", match[2]):
+def chain_lines(question: str) -> list[str]:
+    lines, value = [], int(question[:2])
+    for letter, op, operand in re.findall(r"([b-g])([-+*])(\d)", question):
         x = int(operand)
         result = (value + x if op == "+" else value - x if op == "-" else value * x) % 100
         lines.append(f"{letter}{value:02d}{op}{operand}={result:02d}")
@@ -111,14 +96,54 @@ def toy_lines(question: str) -> list[str]:
     return lines + [f"####{value:02d}"]
 
 
-def toy_problems(split: str, n: int, seed: int = 0) -> list[Problem]:
+def sum_question(rng: random.Random) -> str:
+    letters = "bcdefgh"[: rng.randint(4, 7)]
+    return "".join(f"{letter}{rng.randrange(10)}{rng.randrange(10)}" for letter in letters) + "="
+
+
+def sum_lines(question: str) -> list[str]:
+    lines, digits, carry = [], "", 0
+    for letter, x, y in reversed(re.findall(r"([b-h])(\d)(\d)", question)):
+        total = int(x) + int(y) + carry
+        lines.append(f"{letter}{x}+{y}+{carry}={total:02d}")
+        carry, digits = total // 10, f"{total % 10}{digits}"
+    return lines + [f"####{carry}{digits}"]
+
+
+@dataclass(frozen=True)
+class World:
+    pattern: re.Pattern  # of a question
+    chars: str  # the tokens, beside ####
+    question: Callable[[random.Random], str]
+    lines: Callable[[str], list[str]]  # of a question: the one right line of each step, then the answer
+
+
+WORLDS = {
+    "toy": World(re.compile(r"\d\d(?:[b-g][-+*]\d)+="), "0123456789bcdefg+-*=\n", chain_question, chain_lines),
+    "sums": World(re.compile(r"(?:[b-h]\d\d)+="), "0123456789bcdefgh+=\n", sum_question, sum_lines),
+}
+
+
+def is_toy(question: str) -> bool:
+    return any(world.pattern.fullmatch(question) for world in WORLDS.values())
+
+
+def toy_lines(question: str) -> list[str]:
+    """The one right line of each step, then the answer line: `["b41+5=46", ..., "####02"]`."""
+    for world in WORLDS.values():
+        if world.pattern.fullmatch(question):
+            return world.lines(question)
+    raise UserError(f"{question!r} is not a problem of an embedded world (such as 41b+5c*3=)")
+
+
+def toy_problems(split: str, n: int, seed: int = 0, world: str = "toy") -> list[Problem]:
     """n distinct problems. A question belongs to "test" if its checksum is divisible by 8, else to "train": a test
     problem is unseen by construction, whatever the seeds."""
     rng, problems = random.Random(f"{split}-{seed}"), {}
     while len(problems) < n:
-        p = toy_problem(rng)
-        if (zlib.crc32(p.question.encode()) % 8 == 0) == (split == "test"):
-            problems[p.question] = p
+        question = WORLDS[world].question(rng)
+        if (zlib.crc32(question.encode()) % 8 == 0) == (split == "test"):
+            problems[question] = Problem(question, toy_lines(question)[-1])
     return list(problems.values())
 
 
@@ -135,7 +160,7 @@ def toy_solution(question: str, rng: random.Random, repeat: float = 0.1, max_lin
 
 
 def oracle(question: str, response: str) -> list[bool]:
-    """Exact process labels of the embedded world: step k is good if it and all steps before it are right lines of the
+    """Exact process labels of the embedded worlds: step k is good if it and all steps before it are right lines of the
     problem. A repeated right line is good: correct, and needless."""
     right, good, labels, start = set(toy_lines(question)), True, [], 0
     for end in split_steps(response, "\n"):
@@ -145,13 +170,13 @@ def oracle(question: str, response: str) -> list[bool]:
     return labels
 
 
-def toy_tokenizer():
+def toy_tokenizer(world: str = "toy"):
     """One token per character, `####` one token, `<eos>` and `<pad>` apart (pad == eos would destroy the EOS mask)."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     special = ["<pad>", "<eos>", "<unk>"]
-    vocab = {token: i for i, token in enumerate(special + ["####"] + list(TOY_CHARS))}
+    vocab = {token: i for i, token in enumerate(special + ["####"] + list(WORLDS[world].chars))}
     tok = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tok.pre_tokenizer = pre_tokenizers.Split(Regex(r"####|[\s\S]"), behavior="isolated")
     tok.decoder = decoders.Fuse()
@@ -171,12 +196,12 @@ FIELDS = (("question", "answer"), ("problem", "answer"), ("problem", "solution")
 
 
 def load_problems(name: str, split: str = "train", limit: int | None = None) -> list[Problem]:
-    """Problems by name: `toy`, `gsm8k`, `math`, `math-500`, `mathinstruct`, or whatever `read_rows` reads, with the fields
-    (question, answer), (problem, answer | solution) or (instruction, output).
+    """Problems by name: `toy`, `sums`, `gsm8k`, `math`, `math-500`, `mathinstruct`, or whatever `read_rows` reads, with the
+    fields (question, answer), (problem, answer | solution) or (instruction, output).
 
     Raises UserError if there is no such file or data set, a row is malformed, or nothing is left."""
-    if name == "toy":
-        return toy_problems(split, limit or (20_000 if split == "train" else 1000))
+    if name in WORLDS:
+        return toy_problems(split, limit or (20_000 if split == "train" else 1000), world=name)
     problems = []
     for where, row in read_rows(name, split):
         # MathInstruct's "program of thought" half answers in Python, which nothing here runs.

@@ -58,7 +58,9 @@ class LabelOptions(TextOptions):
     problems: int = option(1000, "questions to sample solutions for")
     samples: int = option(1, "solutions per question")
     completions: int = option(4, "completions per step prefix, at most")
-    labels: str = option("hard", "hard: any completion right; soft: the share of right ones", choices=["hard", "soft"])
+    labels: str = option("hard", "hard: any completion right; soft: the share of right ones; oracle: exact, and without "
+                         "completions, of an embedded world", choices=["hard", "soft", "oracle"])  # fmt: skip
+    flip: float = option(0.0, "share of the step labels that are turned around, to see what noise does")
     temperature: float = option(1.0, "of solutions and completions")
     slots: int = option(256, "answers that decode at once")
     seed: int = option(0, "random seed")
@@ -67,6 +69,8 @@ class LabelOptions(TextOptions):
         super().__post_init__()
         if min(self.problems, self.samples, self.completions, self.slots) < 1 or self.temperature <= 0:
             raise UserError("--problems, --samples, --completions, --slots and --temperature must be above 0")
+        if not 0 <= self.flip <= 1:
+            raise UserError("--flip is a share of the labels: give 0 to 1")
 
 
 @dataclass
@@ -90,6 +94,8 @@ def make_labels(
     models (`made_by` names them); refuses another's. A completer with a tokenizer of its own reads the prefixes as text."""
     o, eos, reads = options, eos_ids(policy, tokenizer), completer_tokenizer or tokenizer
     problems = problems[: o.problems]
+    if o.labels == "oracle" and not all(is_toy(p.question) for p in problems):
+        raise UserError("--labels oracle: only the embedded worlds know which steps are right; choose hard or soft")
     prompts = encode_prompts(tokenizer, problems, o.prompt, o.max_prompt_tokens)
     own = reads.get_vocab() == tokenizer.get_vocab()
     starts = prompts if own else encode_prompts(reads, problems, o.prompt, 1 << 30)
@@ -111,6 +117,9 @@ def make_labels(
                 row = {"index": i, "question": problems[i].question, "answer": problems[i].answer, "response": text}
                 row |= {"truncated": s.truncated, "correct": not s.truncated and grade(problems[i].answer, text)}
                 rows.append(row | {"cuts": cuts, "labels": [0.0] * len(cuts), "outcomes": [[] for _ in cuts]})
+                if o.labels == "oracle":
+                    rows[-1]["labels"] = [float(good) for good in oracle(problems[i].question, text)[: len(cuts)]]
+                    continue
                 for k, (cut, end) in enumerate(zip(cuts, ends)):
                     ids = s.ids[: end + 1] if own else encode_steps(reads, text[:cut], [])[0]
                     if end == len(s.ids) - 1 and not s.truncated:
@@ -124,6 +133,9 @@ def make_labels(
         for (row, k), (ids, _, i, _) in zip(places, prefixes):
             row["outcomes"][k] = right = found[tuple(ids), i]
             row["labels"][k] = sum(right) / len(right) if o.labels == "soft" else float(any(right))
+        for row in rows if o.flip else ():
+            rng = random.Random(f"{o.seed} {row['question']} {row['response']}")
+            row["labels"] = [1 - y if rng.random() < o.flip else y for y in row["labels"]]
         done[0], done[1] = done[0] + len(unique), done[1] + sum(map(len, found.values()))
         seconds = time.perf_counter() - began
         figures.update({"prefixes/s": f"{done[0] / seconds:.1f}", "completions": f"{done[1] / max(done[0], 1):.2f}"})

@@ -15,26 +15,40 @@ model says 0.7. The return-to-go G_k is what PPO (gamma = 1) credits to writing 
 
 Why prm is hacked: G_1 grows with K, so the policy repeats correct but needless steps. Under delta the return from step k
 on is the score of step k alone: bounded, yet not neutral, for s_k > 0 where answering at once (k = K) earns 0, and one
-more step is always worth up to alpha. Clip-delta closes that hole: its returns are never positive.
+more step is always worth up to alpha. Clip-delta closes that hole: its returns are never positive. The bound survives
+both: with c_k = min(s_k - eta, 0) in [-eta, 0], r_k = c_k - c_(k+1), r_(K-1) = c_(K-1), r_K = 0, all that follows step
+k telescopes to G_k = c_k for k < K and G_K = 0. So -eta <= G_k <= 0 whatever K is, and no step more ever pays.
 
-Left out: shaping rewards that are not the paper's (potential-based, min-form, length-normalised).
+Four that are not among the paper's six, to compare with:
+
+    progress    0.9  -0.1  -0.5  -0.3   0    -s_(k-1)        potential-based (Ng, Harada, Russell 1999): only the past
+    min          0     0   -0.4    0   -0.4  min x, x = 2 s - 1: r_k = x_k softmax(-x / 0.1)_k      PURE, arXiv 2504.15275
+    normed      0.2   0.2   0.1   0.2   0.7  (s_k + ... + s_K) / K      the paper tried it, and found it insufficient
+    penalty     0.4   0.3  -0.2   0.1   0.6  sum of s_j - eta           each step costs eta, and one scored above pays
+
+Left out: implicit rewards (log-likelihood ratios), rewards of several models at once.
 
 Nothing to run here: `python -m doctest rewards.py` checks the example, `python train.py --reward NAME` uses it.
 
 >>> s, mask = torch.tensor([[0.9, 0.8, 0.3, 0.6]]), torch.ones(1, 4, dtype=torch.bool)
->>> for name in PROCESS:
-...     print(name, [round(r, 1) + 0.0 for r in refine(name, s, mask, eta=0.5)[0].tolist()])
+>>> for name in PROCESS + BASELINES:
+...     print(name, [round(r, 2) + 0.0 for r in refine(name, s, mask, eta=0.5)[0].tolist()])
 prm [0.9, 0.8, 0.3, 0.6]
 clip [0.0, 0.0, -0.2, 0.0]
 delta [0.1, 0.5, 0.3, 0.0]
 clip-delta [0.0, 0.2, -0.2, 0.0]
+progress [0.9, -0.1, -0.5, -0.3]
+min [0.0, 0.0, -0.4, 0.0]
+normed [0.22, 0.2, 0.08, 0.15]
+penalty [0.4, 0.3, -0.2, 0.1]
 """
 
 import torch
 from torch import Tensor
 
 PROCESS = ("prm", "clip", "delta", "clip-delta")
-REWARDS = ("success", "orm", *PROCESS)
+BASELINES = ("progress", "min", "normed", "penalty")  # not the paper's
+REWARDS = ("success", "orm", *PROCESS, *BASELINES)
 
 
 def clip(scores: Tensor, eta: float) -> Tensor:
@@ -42,14 +56,29 @@ def clip(scores: Tensor, eta: float) -> Tensor:
     return (scores - eta).clamp(max=0)
 
 
-def delta(scores: Tensor, mask: Tensor) -> Tensor:
-    """PR-Delta: r_k = s_k - s_(k+1) for k < K-1, s_(K-1) for k = K-1, 0 for k = K.
+def but_last(scores: Tensor, mask: Tensor) -> Tensor:
+    """The scores with 0 for the last step, K: that one is judged by the success reward."""
+    has_next = torch.cat([mask, torch.zeros_like(mask[:, :1])], 1)[:, 1:]
+    return scores * has_next
 
-    With the last score taken as 0, for the success reward judges that step, this is one difference."""
-    pad = torch.zeros_like(scores[:, :1])
-    has_next = torch.cat([mask, pad.bool()], 1)[:, 1:]
-    scores = scores * has_next
-    return scores - torch.cat([scores, pad], 1)[:, 1:]
+
+def delta(scores: Tensor, mask: Tensor) -> Tensor:
+    """PR-Delta: r_k = s_k - s_(k+1) for k < K-1, s_(K-1) for k = K-1, 0 for k = K: with 0 for the last, one difference."""
+    s = but_last(scores, mask)
+    return s - torch.cat([s, torch.zeros_like(s[:, :1])], 1)[:, 1:]
+
+
+def progress(scores: Tensor, mask: Tensor) -> Tensor:
+    """r_k = s_k - s_(k-1), where the potential is 0 before the first step and behind the last: G_k knows the past alone."""
+    s = but_last(scores, mask)
+    return s - torch.cat([torch.zeros_like(s[:, :1]), s], 1)[:, :-1]
+
+
+def min_form(scores: Tensor, mask: Tensor, temperature: float = 0.1) -> Tensor:
+    """x_k times its softmax weight among -x / temperature, x_k = 2 s_k - 1: the sum is about the least x (PURE)."""
+    x = 2 * scores - 1
+    weights = torch.softmax((-x / temperature).masked_fill(~mask, -torch.inf), 1)
+    return (x * weights).masked_fill(~mask, 0)  # where a row has no step, the weights are not numbers
 
 
 def refine(name: str, scores: Tensor, mask: Tensor, eta: float = 0.5) -> Tensor:
@@ -57,13 +86,21 @@ def refine(name: str, scores: Tensor, mask: Tensor, eta: float = 0.5) -> Tensor:
 
     mask (B, K) is true on the steps that a row has, which come first; r is 0 elsewhere. Raises ValueError for a name
     that is no process reward."""
-    if name not in PROCESS:
-        raise ValueError(f"{name!r} is no process reward: choose one of {', '.join(PROCESS)}")
+    if name not in PROCESS + BASELINES:
+        raise ValueError(f"{name!r} is no process reward: choose one of {', '.join(PROCESS + BASELINES)}")
     scores = scores.float().masked_fill(~mask, 0)  # float32: delta subtracts neighbours, and bf16 near 1 steps by 0.004
     if "clip" in name:
         scores = clip(scores, eta) * mask
     if "delta" in name:
         scores = delta(scores, mask)
+    if name == "progress":
+        return progress(scores, mask)
+    if name == "min":
+        return min_form(scores, mask)
+    if name == "normed":
+        return scores / mask.sum(1, keepdim=True).clamp(min=1)
+    if name == "penalty":
+        return (scores - eta) * mask
     return scores
 
 

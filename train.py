@@ -18,17 +18,19 @@ import copy
 import gc
 import importlib.util
 import json
+import math
 import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import warnings
 import zlib
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
-from itertools import accumulate
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import accumulate, product
 from pathlib import Path
 
 import torch
@@ -39,8 +41,8 @@ from transformers import HfArgumentParser
 
 import prm
 from data import (
-    TextOptions, UserError, append, deal, draw, drop_known, encode_prompts, is_toy, load_mixture, mixture, option, oracle,
-    run_script,    toy_problems, toy_solution, toy_tokenizer, write,
+    WORLDS, TextOptions, UserError, append, deal, draw, drop_known, encode_prompts, is_toy, load_mixture, mixture, option,
+    oracle, run_script, toy_problems, toy_solution, toy_tokenizer, write,
 )  # fmt: skip
 from eval import before_after, evaluate, judge, summarise
 from grader import VERDICTS
@@ -54,7 +56,7 @@ from ppo import (
     total, update, whiten,
 )  # fmt: skip
 from prm import FORMATS
-from rewards import PROCESS, REWARDS, refine, token_rewards
+from rewards import REWARDS, refine, token_rewards
 from rollout import Batch, Sampler, rollout
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a checkpoint of a single process
@@ -62,8 +64,8 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a checkpoi
 
 @dataclass
 class Options(TextOptions):
-    reward: str = option("delta", "success, orm, prm, clip, delta or clip-delta", choices=list(REWARDS))
-    preset: str = option("", "toy, or one of the paper's models, see PRESETS; default: by hardware, with --model none")
+    reward: str = option("delta", "one of the paper's six, or of rewards.py's four others", choices=list(REWARDS))
+    preset: str = option("", "toy, sums, or one of the paper's models, see PRESETS; default: by hardware, with --model none")
     model: str = option("", "policy: a folder or hub name; empty: the embedded world's own")
     data: str = option("gsm8k", "training problems: toy, gsm8k, math, mathinstruct, a hub name or a file; a mixture by "
                        "weights: NAME=WEIGHT,NAME=WEIGHT")  # fmt: skip
@@ -74,7 +76,7 @@ class Options(TextOptions):
     completer: str = option("", "model that completes step prefixes for the labels; empty: the policy")
     # the reward: alpha * r + Correct - beta * log(pi / pi_ref)
     alpha: float | None = option(None, "weight of the learned reward; default: by reward, see ALPHA")
-    eta: float = option(0.5, "threshold of clip: steps that score above it get 0")
+    eta: float = option(0.5, "threshold of clip: steps that score above it get 0; of penalty the price of a step")
     beta: float = option(0.02, "weight of the KL penalty")
     # the rollout
     questions: int = option(64, "questions per iteration")
@@ -103,7 +105,9 @@ class Options(TextOptions):
     label_problems: int = option(500, "questions whose solutions are labelled; 0: make no reward model")
     label_samples: int = option(1, "solutions per labelled question")
     completions: int = option(4, "completions per step prefix")
-    labels: str = option("hard", "hard: any completion right; soft: the share of right ones", choices=["hard", "soft"])
+    labels: str = option("hard", "hard: any completion right; soft: the share of right ones; oracle: exact, of an embedded "
+                         "world", choices=["hard", "soft", "oracle"])  # fmt: skip
+    flip_labels: float = option(0.0, "share of the step labels that are turned around, to see what noise does")
     rm_epochs: int = option(2, "passes over the labelled solutions")
     rm_lr: float = option(1e-5, "learning rate of the reward model; 0: train its head alone")
     rm_head_lr: float = option(1e-3, "learning rate of the reward model's head")
@@ -120,6 +124,9 @@ class Options(TextOptions):
     resume_from: int = option(0, "with --resume: from the checkpoint of this iteration; later ones are removed")
     save_every: int = option(10, "iterations between checkpoints; 0: only at the end")
     keep: int = option(2, "how many of the last checkpoints are kept")
+    sweep: list[str] = field(default_factory=list, metadata={"help": "many runs: main, map, labels, sums, or lists of "
+                             "values to combine, as in: reward=prm,delta alpha=0.1,1 seed+prepare_seed=0,1"})  # fmt: skip
+    workers: int = option(0, "with --sweep: runs at once; 0: one for each core, with CUDA one")
     log_to: str = option("", "log to this as well, if it is installed (--log is taken by torchrun, where that starts us)",
                          choices=["", "tensorboard", "wandb"], aliases=["--log"])  # fmt: skip
     # the plan
@@ -138,6 +145,7 @@ PRESETS = {
         threads=2,  # more do not help so small a model
     ),
 }  # fmt: skip
+PRESETS["sums"] = PRESETS["toy"] | dict(data="sums", eval_data="sums", max_new_tokens=160)
 # The paper's six models. Batch, training and evaluation questions and completer are the paper's. What it leaves open is
 # ours, for these reasons:
 #   alpha, eta, beta, learning rates          the general defaults above; ALPHA is what the embedded world bore
@@ -155,7 +163,7 @@ for family in ("Qwen2", "Qwen2-Math", "Qwen2.5-Math"):
             **(dict(checkpoint_activations=True, slots=96) if size == "7B" else {}),  # see --plan
         )  # fmt: skip
 DEFAULT = "qwen2-1.5b-instruct"  # with CUDA
-ALPHA = {"success": 0.0, "orm": 1.0, "prm": 1.0, "clip": 1.0, "delta": 0.1, "clip-delta": 1.0}
+ALPHA = {"success": 0.0, "delta": 0.1}  # all others 1
 
 
 def parse(argv: list[str] | None = None) -> tuple[Options, str]:
@@ -179,7 +187,7 @@ def parse(argv: list[str] | None = None) -> tuple[Options, str]:
     options = Options(**vars(parser.parse_args(argv)))
     check(options)
     if options.alpha is None:
-        options.alpha = ALPHA[options.reward]
+        options.alpha = ALPHA.get(options.reward, 1.0)
     return options, f"preset: {preset or 'none'} ({why})"
 
 
@@ -254,7 +262,7 @@ def check_share(o: Options, world: int) -> None:
 
 
 def reward_model_kind(reward: str) -> str:
-    return "orm" if reward == "orm" else "prm" if reward in PROCESS else ""
+    return {"success": "", "orm": "orm"}.get(reward, "prm")
 
 
 def check(o: Options) -> None:
@@ -271,12 +279,18 @@ def check(o: Options) -> None:
         raise UserError(f"--reward {o.reward} needs a reward model: give --{kind} DIR, or let --label-problems be above 0")
     if o.reward == "success" and o.alpha is not None:
         raise UserError("--alpha weighs a learned reward, which --reward success has not: drop it")
-    if o.eta != Options.eta and "clip" not in o.reward:
-        raise UserError(f"--eta is the threshold of clip and clip-delta, and --reward {o.reward} does not clip: drop it")
-    if not o.model and o.data != "toy":
+    if o.eta != Options.eta and "clip" not in o.reward and o.reward != "penalty":
+        raise UserError(f"--eta is for clip, clip-delta and penalty, and --reward {o.reward} has none: drop it")
+    if o.labels == "oracle" and o.data not in WORLDS:
+        raise UserError(f"--labels oracle: of --data {o.data} nobody knows which steps are right; choose hard or soft")
+    if not 0 <= o.flip_labels <= 1:
+        raise UserError("--flip-labels is a share of the labels: give 0 to 1")
+    if not o.model and o.data not in WORLDS:
         raise UserError(f"--data {o.data} needs a --model: the embedded policy only knows its own world")
     if o.resume and not o.name:
         raise UserError("--resume needs the --name of the run to continue")
+    if o.workers and not o.sweep:
+        raise UserError("--workers says how many runs of a --sweep go at once: give both, or neither")
     if o.resume_from and not o.resume:
         raise UserError("--resume-from says which checkpoint to --resume from: give both, or neither")
     if o.plan and not o.model:
@@ -288,7 +302,7 @@ def check(o: Options) -> None:
     low = {"temperature": 1e-6, "questions": 1, "samples": 1, "epochs": 1, "minibatches": 1, "slots": 1,
            "token_budget": 1, "completions": 1, "label_samples": 1, "iterations": 1, "beta": 0,
            "eval_problems": 1, "eval_every": 0, "save_every": 0, "value_clip": 0, "rm_epochs": 1, "threads": 0,
-           "keep": 1, "resume_from": 0}  # fmt: skip
+           "keep": 1, "resume_from": 0, "workers": 0}  # fmt: skip
     for name, least in low.items():
         if getattr(o, name) < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least:g}")
@@ -301,12 +315,12 @@ def check(o: Options) -> None:
 # ------------------------------------------------------------------------------------------------ preparation
 
 
-def warm_start(seed: int, folder: Path, rank: int, world: int, device) -> None:
-    """Teach the embedded policy to answer at all, from demonstrations. Writes folder/policy, the weights at which sampled
-    accuracy first passed one half, and folder/completer, where training ends: it is to the policy what the paper's 7B is
-    to its 1.5B."""
+def warm_start(name: str, seed: int, folder: Path, rank: int, world: int, device) -> None:
+    """Teach the policy of the embedded world `name` to answer at all, from demonstrations. Writes folder/policy, the
+    weights at which sampled accuracy first passed one half, and folder/completer, where training ends: it is to the policy
+    what the paper's 7B is to its 1.5B."""
     steps, questions = 850, 64
-    tokenizer = toy_tokenizer()
+    tokenizer = toy_tokenizer(name)
     model, snapshot, accuracy = toy_model(tokenizer, seed).to(device), None, 0.0
     is_matrix = lambda name, p: p.dim() == 2 and "embed" not in name
     optimizers = [
@@ -315,8 +329,8 @@ def warm_start(seed: int, folder: Path, rank: int, world: int, device) -> None:
     ]
     scale = lambda s: min((s + 1) / 100, 1, (steps - s) / (0.2 * steps))  # up, constant, down
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, scale) for o in optimizers]
-    problems = toy_problems("train", steps * questions, seed=1000 + seed)
-    probe = toy_problems("train", 200, seed=2000 + seed)
+    problems = toy_problems("train", steps * questions, 1000 + seed, name)
+    probe = toy_problems("train", 200, 2000 + seed, name)
     rng = random.Random(seed)
     for step in (bar := tqdm(range(steps), desc="warm start", unit="step", disable=rank > 0)):
         chosen = problems[step * questions : (step + 1) * questions]
@@ -333,7 +347,7 @@ def warm_start(seed: int, folder: Path, rank: int, world: int, device) -> None:
         for schedule in schedules:
             schedule.step()
         if step >= 300 and step % 25 == 0 and snapshot is None:
-            result, _ = evaluate(model, tokenizer, probe, "{question}", "\n", max_new_tokens=128, rank=rank, world=world)
+            result, _ = evaluate(model, tokenizer, probe, "{question}", "\n", max_new_tokens=160, rank=rank, world=world)
             accuracy = result["accuracy"]
             snapshot = copy.deepcopy(model) if accuracy > 0.5 else None
         bar.set_postfix(loss=f"{all_reduce(loss).item():.3f}", accuracy=f"{accuracy:.2f}")
@@ -348,21 +362,22 @@ def prepare(o: Options, found: list, parts: list, rank: int, world: int, device)
     labels come from some of the problems `found`, of each part its share, or from the embedded world's own supply."""
     cache, policy, completer = Path(o.runs_dir) / "cache", o.model, o.completer or o.model
     if not policy:
-        make = lambda folder: warm_start(o.prepare_seed, folder, rank, world, device)
-        folder = prm.cached(cache, "toy", "warm start of the embedded policy", {"seed": o.prepare_seed}, make, rank)
+        make = lambda folder: warm_start(o.data, o.prepare_seed, folder, rank, world, device)
+        folder = prm.cached(cache, o.data, "warm start of the embedded policy", {"seed": o.prepare_seed}, make, rank)
         policy, completer = str(folder / "policy"), o.completer or str(folder / "completer")
     kind = reward_model_kind(o.reward)
     if not kind or getattr(o, kind):
         return policy, getattr(o, kind) if kind else ""
 
     def problems():
-        if o.data == "toy":
-            return toy_problems("train", o.label_problems, seed=3000 + o.prepare_seed)
+        if o.data in WORLDS:
+            return toy_problems("train", o.label_problems, 3000 + o.prepare_seed, o.data)
         return draw(found, parts, o.label_problems, o.prepare_seed)
 
     labels = prm.LabelOptions(
         o.prompt, o.separator, o.max_prompt_tokens, o.max_new_tokens, problems=o.label_problems, samples=o.label_samples,
-        completions=o.completions, labels=o.labels, temperature=o.temperature, slots=o.slots, seed=o.prepare_seed,
+        completions=o.completions, labels=o.labels, flip=o.flip_labels, temperature=o.temperature, slots=o.slots,
+        seed=o.prepare_seed,
     )  # fmt: skip
     training = prm.TrainOptions(kind, o.rm_epochs, o.rm_lr, o.rm_head_lr, likelihood=o.rm_likelihood)
     dtype = DTYPES[o.dtype]
@@ -429,6 +444,7 @@ class Trainer:
 
         # 4. reward each token
         refined = None if scores is None else refine(o.reward, scores, mask, o.eta)
+        clock("refine")
         rewards = token_rewards(
             logp, ref_logp, batch.mask, correct, batch.truncated, beta=o.beta, alpha=o.alpha, outcome=outcome,
             steps=refined, step_ends=ends, step_mask=mask,
@@ -459,6 +475,8 @@ class Trainer:
         log |= dict(zip((kind.replace(" ", "_") for kind in VERDICTS), all_reduce(verdicts).tolist()))
         for share in {"nonzero", "good_steps"} & log.keys():
             log[share] /= max(log["steps"], 1e-9)
+        if outcome is not None:
+            log |= outcome_metrics(outcome, answers)
         log |= {"explained_variance": explained_variance(values, returns, batch.mask), "lr": lr, **losses, **clock.seconds}
         log = {"iteration": iteration, **log}
         log["tokens_per_step"] = log["tokens"] / max(log["steps"], 1e-9)
@@ -530,7 +548,7 @@ class Trainer:
         ]
         if o.reward == "orm":
             jobs.append(lambda: prm.score_outcomes(self.reward_model, read[0], read[2], device))
-        elif o.reward in PROCESS:
+        elif self.reward_model is not None:
             jobs.append(lambda: prm.score_steps(self.reward_model, *read, device))
         logp, ref_logp, (values, final), *learned = side_by_side(*jobs)
         learned = learned[0] if learned else None
@@ -579,6 +597,22 @@ class Trainer:
                 if p.requires_grad:
                     out |= {f"{kind}.{name}": p.detach(), **{f"{kind}.{name}/{k}": x for k, x in optimizer.state[p].items()}}
         return out
+
+
+def outcome_metrics(outcome, answers: list[dict]) -> dict:
+    """What an ORM says of finished answers, of all ranks: its mean for right and for wrong ones, the share of its variance
+    that correctness explains, and that correctness, steps and repeats explain together (ordinary least squares)."""
+    rows = [(o, a["correct"], a["steps"], a["repeats"]) for o, a in zip(outcome.tolist(), answers) if not a["truncated"]]
+    table = torch.tensor(gather(rows), dtype=torch.float64).view(-1, 4)
+    y, x, correct = table[:, 0], table.clone(), table[:, 1] > 0.5
+    x[:, 0] = 1
+
+    def explained(columns: int) -> float:
+        fit = x[:, :columns] @ (torch.linalg.pinv(x[:, :columns]) @ y)
+        return 1 - ((y - fit).var() / y.var()).item() if len(y) > 1 and y.var() > 1e-12 else math.nan
+
+    means = {"outcome_right": y[correct].mean().item(), "outcome_wrong": y[~correct].mean().item()}
+    return means | {"outcome_explained_by_correct": explained(2), "outcome_explained_by_more": explained(4)}
 
 
 class BrokenReward(UserError):
@@ -698,10 +732,20 @@ def load_checkpoint(folder: Path, trainer: Trainer, sources: dict) -> int:
 # ------------------------------------------------------------------------------------------------ runs
 
 
+MADE_OF = ("policy", "reward_model", "commit")  # which config.json says, beside the options
 FREE = (  # options that do not change what is computed
     "name", "resume", "resume_from", "iterations", "save_every", "keep", "runs_dir", "slots", "threads", "token_budget",
-    "checkpoint_activations", "offload_frozen", "log_to",
+    "checkpoint_activations", "offload_frozen", "log_to", "sweep", "workers", *MADE_OF,
 )  # fmt: skip
+
+
+def commit() -> str:
+    """Of this code, with a + if it was changed since; empty outside a git checkout."""
+    try:
+        call = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+        return subprocess.run(call, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
 def fixed(options: dict) -> dict:
@@ -769,8 +813,8 @@ class Interrupt:
 def load_data(o: Options) -> tuple[list, list, list, list]:
     """Training problems, their prompts, evaluation problems, and (size, weight) of each training set: first of all, so that
     bad input costs no time. A question that the evaluation asks too is dropped."""
-    tokenizer = load_tokenizer(o.model) if o.model else toy_tokenizer()
-    known, sizes = load_mixture(o.eval_data or o.data, "test", o.eval_problems if o.data == "toy" else None)
+    tokenizer = load_tokenizer(o.model) if o.model else toy_tokenizer(o.data)
+    known, sizes = load_mixture(o.eval_data or o.data, "test", o.eval_problems if o.data in WORLDS else None)
     ends = [*accumulate(n for n, _ in sizes)]
     test = [p for (n, _), end in zip(sizes, ends) for p in known[end - n :][: min(n, o.eval_problems)]]
     encode_prompts(tokenizer, test, o.prompt, o.max_prompt_tokens)
@@ -794,7 +838,7 @@ def load_data(o: Options) -> tuple[list, list, list, list]:
         parts.append((len(fits), weight))
         counts = (*alike, len(kept) - len(unique), len(unique) - len(fits))
         dropped = [x + y for x, y in zip(dropped, counts)]
-    if o.data != "toy":
+    if o.data not in WORLDS:
         why = ("the evaluation asks too", "differ from one of its own in spacing, case or punctuation alone",
                "repeat another", f"have more than {o.max_prompt_tokens} tokens")  # fmt: skip
         counts = ", ".join(f"{n} that {reason}" for n, reason in zip(dropped, why))
@@ -821,8 +865,9 @@ def run(o: Options, folder: Path, rank: int, world: int, device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     trainer = Trainer(o, data, policy, reward_model, rank, world, device)
-    made_of = {"policy": policy, "reward model": reward_model}
+    made_of = {"policy": policy, "reward_model": reward_model}
     sources = on_rank_0(lambda: {what: prm.identity(path) if path else "" for what, path in made_of.items()})
+    trainer.made_of = made_of | {"commit": on_rank_0(commit)}
     sources["problems"] = prm.fingerprint(data[0])
     with on_rank_0(lambda: lock(folder / "lock"), share=False) or nullcontext(), Interrupt() as interrupt:
         loop(o, folder, trainer, sources, interrupt)
@@ -839,7 +884,7 @@ def loop(o: Options, folder: Path, trainer: Trainer, sources: dict, interrupt: I
         return
     before, first = after, last = json.loads((folder / "before.json").read_text()) if start else trainer.evaluate()
     if rank == 0:
-        write(folder / "config.json", json.dumps(asdict(o), indent=1))
+        write(folder / "config.json", json.dumps(asdict(o) | trainer.made_of, indent=1))
         write(folder / "before.json", json.dumps([before, first]))
         keep_until(metrics, start if start else -1)
         keep_until(samples, start)
@@ -915,8 +960,104 @@ def open_log(o: Options, folder: Path, start: int):
     return lambda metrics: None
 
 
+# ------------------------------------------------------------------------------------------------ many runs
+
+SIX, SEEDS = "reward=success,orm,prm,clip,delta,clip-delta", "seed+prepare_seed=0,1,2,3,4"
+SWEEPS = {  # the runs behind the README's claims
+    "main": [f"{SIX} alpha=1 {SEEDS}"],
+    "map": ["reward=orm,prm,clip,delta,clip-delta,progress,min,normed,penalty alpha=0.03,0.1,0.3,0.5,1,3 "
+            "seed+prepare_seed=0,1"],
+    "labels": ["reward=prm alpha=1 labels=oracle seed+prepare_seed=0,1,2",
+               "reward=prm alpha=1 flip_labels=0.1,0.2,0.4 seed+prepare_seed=0,1,2"],
+    "sums": [f"preset=sums {SIX} alpha=1 seed+prepare_seed=0,1,2"],
+}  # fmt: skip
+
+
+def combinations(words: list[str]) -> dict[str, dict[str, str]]:
+    """Names and options of the runs that a --sweep asks for: of each of SWEEPS by its name, or of all combinations of lists
+    of values. Options that go together share one list: seed+prepare_seed=0,1. Raises UserError for what is neither."""
+    if words[0] in SWEEPS:
+        if unknown := [word for word in words if word not in SWEEPS]:
+            raise UserError(f"--sweep {unknown[0]}: there is none of that name, choose {', '.join(SWEEPS)}")
+        grids = [grid.split() for word in words for grid in SWEEPS[word]]
+    else:
+        grids = [words]
+    order, runs = [f.name for f in fields(Options)], {}
+    for axes in ([part.partition("=") for part in grid] for grid in grids):
+        for values in product(*(listed.split(",") for _, _, listed in axes)):
+            run = {name: value for (names, _, _), value in zip(axes, values) for name in names.split("+")}
+            if unknown := [f"{k}={v}" for k, v in run.items() if k not in order or not v]:
+                raise UserError(f"--sweep {unknown[0].rstrip('=')}: give OPTION=VALUE,VALUE, or one of {', '.join(SWEEPS)}")
+            if run.get("reward") == "success":  # whose reward has no weight
+                run.pop("alpha", None)
+            parts = sorted((order.index(k), v if k in ("reward", "preset", "labels") else k + v) for k, v in run.items()
+                           if k != "prepare_seed" or v != run.get("seed"))  # fmt: skip
+            runs["-".join(part for _, part in parts)] = run
+    return runs
+
+
+def sweep(o: Options, argv: list[str]) -> None:
+    """All runs of a sweep, each a process of its own, some at once, under one progress bar. Those that are done are left as
+    they are, others continue. Raises UserError at the end if one has failed."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--sweep", nargs="+")
+    first.add_argument("--workers")
+    rest, runs = first.parse_known_args(argv)[1], combinations(o.sweep)
+    workers = o.workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+    calls, folder, goals = {}, Path(o.runs_dir), {}
+    for name, run in runs.items():
+        chosen = [x for k, v in run.items() for x in (f"--{k.replace('_', '-')}", v)]
+        calls[name] = [*rest, *chosen, "--name", name, "--resume", *(["--threads", "1"] if workers > 1 else [])]
+        goals[name] = parse(calls[name])[0].iterations  # a mistake is told before the first run
+    reached = lambda name: last_iteration(folder / name / "metrics.jsonl")
+    waiting = [name for name in runs if reached(name) < goals[name] or not (folder / name / "model").exists()]
+    running, failed, told, seen = {}, [], [], {name: reached(name) for name in runs}
+    folder.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(total=sum(goals.values()), initial=sum(seen.values()), desc=f"{len(runs)} runs", unit="iteration")
+    with Interrupt() as interrupt:
+        while running or (waiting and not interrupt.number):
+            while waiting and len(running) < workers and not interrupt.number:
+                name = waiting.pop(0)
+                with open(folder / f"{name}.log", "w") as log:
+                    call = [sys.executable, str(Path(__file__).resolve()), *calls[name]]
+                    single = {**os.environ, "OMP_NUM_THREADS": "1"} if workers > 1 else None
+                    process = subprocess.Popen(call, stdout=log, stderr=log, env=single, start_new_session=True)
+                running[name] = process
+            time.sleep(0.5)
+            for name in [*running] if interrupt.number else ():
+                if name not in told:
+                    running[name].terminate()  # which it notes; it finishes its iteration, and saves
+                    told.append(name)
+            for name in [*running]:
+                seen[name] = max(seen[name], reached(name))
+                if (code := running[name].poll()) is not None:
+                    del running[name]
+                    if code and not interrupt.number:
+                        failed.append(name)
+            left = f"{len(waiting)} waiting" + (f", {len(failed)} failed" if failed else "")
+            bar.set_postfix_str(", ".join([*running, left]), refresh=False)
+            if new := sum(seen.values()) - bar.n:
+                bar.update(new)
+    bar.close()
+    if interrupt.number:
+        print("stopped; the same command goes on", flush=True)
+        os.kill(os.getpid(), interrupt.number)
+    if failed:
+        last = (folder / f"{failed[0]}.log").read_text().strip().splitlines()[-1:]
+        raise UserError(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; the first says: {' '.join(last)}")
+    print(f"{len(runs)} runs in {folder}: " + " ".join(runs))
+
+
+def last_iteration(metrics: Path) -> int:
+    lines = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
+    return next((json.loads(line)["iteration"] for line in reversed(lines) if line.endswith(b"\n")), 0)
+
+
 def main() -> None:
     options, preset = parse()
+    if options.sweep:
+        sweep(options, sys.argv[1:])
+        return
     if options.plan:
         gpus, longest = options.gpus or 8, options.max_prompt_tokens + options.max_new_tokens
         check_share(options, gpus)

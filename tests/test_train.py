@@ -92,7 +92,7 @@ def test_alpha_defaults_by_reward_and_is_overridden_by_hand():
         ("--reward delta --label-problems 0", "needs a reward model"),
         ("--reward orm --label-problems 0", "give --orm"),
         ("--reward success --alpha 1", "drop it"),
-        ("--reward delta --eta 0.3", "does not clip"),
+        ("--reward delta --eta 0.3", "delta has none"),
         ("--data gsm8k", "needs a --model"),
         ("--resume", "--name"),
         ("--minibatches 1000", "more than"),
