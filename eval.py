@@ -5,12 +5,14 @@
     python eval.py --prm DIR --processbench gsm8k,math                        # the first wrong step
     python eval.py --prm DIR --orm DIR --pairs FILE.jsonl                     # chosen against rejected
     python eval.py --runs runs/A runs/B --figure curves.png
+    python eval.py --claim all                                                # the README's, over what train.py --sweep made
 
 Figures come with 95 % intervals by bootstrap over problems, the unit that was drawn. pass@k is the unbiased estimate
 1 - C(n-c, k) / C(n, k) of c right answers among n (arXiv 2107.03374); votes and best-of-k are means over the n / k groups
 of k answers. Votes count answers that the grader holds equal as one; a weighted vote adds up the reward model's scores
 instead of counting. A PRM's step scores are reduced to one number by their last, minimum, mean or product. A truncated
 answer is wrong and has no vote. Answers and scores are written as they come, and the same command goes on from them.
+Over runs of several seeds figures are means with 95 % intervals of Student's t, the run being the unit.
 
 Left out: few-shot prompts, tools, reward models that do not fit one GPU.
 """
@@ -18,11 +20,16 @@ Left out: few-shot prompts, tools, reward models that do not fit one GPU.
 import hashlib
 import json
 import math
+import random
 import re
+import subprocess
 import zlib
 from collections import defaultdict
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
+from io import StringIO
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -32,11 +39,12 @@ from transformers import HfArgumentParser
 import prm
 from data import (
     Problem, TextOptions, UserError, encode_prompts, find_steps, load_hub, load_problems, mixture, option, read_rows,
-    run_script, split_steps, write,
+    run_script, split_steps, toy_lines, write,
 )  # fmt: skip
 from grader import extract, grade, verdict
 from model import DTYPES, eos_ids, gather, load_causal_lm, load_tokenizer, on_rank_0, start_processes, watching
 from prm import FORMATS
+from rewards import BASELINES, PROCESS, REWARDS, refine
 from rollout import Sample, as_sampler, rollout
 
 # ------------------------------------------------------------------------------------------------ answers
@@ -175,7 +183,7 @@ class Judge:
     """A reward model that scores answers: rows with question, response, cuts, truncated."""
 
     def __init__(self, o: "Options", kind: str, device):
-        self.kind, self.path, self.device = kind, getattr(o, kind), device
+        self.o, self.kind, self.path, self.device = o, kind, getattr(o, kind), device
         form = prm.find_format(self.path, o.prm_format if kind == "prm" else "")
         if kind == "orm" and form != "own":
             raise UserError(f"--orm {self.path}: a PRM; give it as --prm, whose last step is one of the ways to judge")
@@ -389,40 +397,405 @@ def compare(runs: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def draw_curves(folders: list[str], path: str) -> None:
-    """Accuracy, steps, length and process reward against iteration, one line a run."""
+PANELS = {
+    "greedy_accuracy": "greedy accuracy, unseen problems",
+    "success": "success rate of the rollout (sampled)",
+    "steps": "steps per answer",
+    "tokens": "tokens per answer",
+    "repeats": "exact repeats per answer",
+    "process_reward": "process reward per answer",
+}
+# Okabe and Ito's colours; with dashes and markers they are told apart in grey print too
+LOOKS = [
+    *zip(["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F", "#8C510A"],
+         ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)), (0, (3, 3)), (0, (2, 4))],
+         "osD^vPX<>")
+]  # fmt: skip
+
+
+def new_figure(panels: list[str], columns: int):
+    """A figure, and its axes, one for each title."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito
-    styles = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2))]  # told apart in grey print too
-    panels = [
-        ("greedy_accuracy", "greedy accuracy, unseen problems"),
-        ("success", "success rate of the rollout (sampled)"),
-        ("steps", "steps per answer"),
-        ("tokens", "tokens per answer"),
-        ("repeats", "exact repeats per answer"),
-        ("process_reward", "process reward per answer"),
-    ]
-    figure, axes = plt.subplots(2, 3, figsize=(11, 6), layout="constrained")
-    for ax, (key, title) in zip(axes.flat, panels):
-        for i, folder in enumerate(folders):
-            points = [(row["iteration"], row[key]) for row in read_run(folder) if row.get(key) is not None]
-            if points:
-                marker = "o" if key == "greedy_accuracy" else None
-                ax.plot(*zip(*points), color=colours[i % 7], linestyle=styles[i % 7], marker=marker, label=Path(folder).name)
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.67 * columns, 3 * rows + 0.3), layout="constrained", squeeze=False)
+    for ax, title in zip(axes.flat, panels):
         ax.set_title(title, fontsize=10)
-        ax.set_xlabel("iteration")
         ax.grid(alpha=0.3)
-        if "accuracy" in key or key == "success":
-            ax.set_ylim(-0.03, 1.03)
-        else:
-            ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
-    axes.flat[0].legend(fontsize=8)
+    return figure, [*axes.flat]
+
+
+def save_figure(figure, axes: list, path: str) -> None:
+    import matplotlib.pyplot as plt
+
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 9), fontsize=9, frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def draw_curves(groups: dict[str, list[list[dict]]], path: str, panels: tuple[str, ...] = tuple(PANELS)) -> None:
+    """One line for each group of runs against iteration: their mean, and a band of its 95 % interval if there are several.
+    groups: by name the lines of each run's metrics.jsonl."""
+    figure, axes = new_figure([PANELS[key] for key in panels], 3)
+    for ax, key in zip(axes, panels):
+        for (name, runs), (colour, style, marker) in zip(groups.items(), LOOKS * 9):
+            series = [{row["iteration"]: row[key] for row in rows if row.get(key) is not None} for rows in runs]
+            x = sorted(set.intersection(*map(set, series)))
+            if not x:
+                continue
+            points = [interval([by[i] for by in series]) for i in x]
+            mean, half = (torch.tensor(column) for column in zip(*points))
+            few = key == "greedy_accuracy"
+            ax.plot(x, mean, color=colour, linestyle=style, marker=marker if few else None, markersize=4, label=name)
+            if len(runs) > 1:
+                ax.fill_between(x, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
+        ax.set_xlabel("iteration")
+        if "accuracy" in key or key == "success":
+            ax.set_ylim(-0.03, 1.03)
+        elif key in ("steps", "tokens", "repeats"):
+            ax.set_ylim(bottom=0)
+    save_figure(figure, axes, path)
+
+
+# ------------------------------------------------------------------------------------------------ claims, over many runs
+
+SIX, FIVE, THREE = "reward=success,orm,prm,clip,delta,clip-delta", "seed+prepare_seed=0,1,2,3,4", "seed+prepare_seed=0,1,2"
+SWEEPS = {  # the runs behind the README's claims, which `python train.py --sweep NAME` makes
+    "main": [f"{SIX} alpha=0.5 {FIVE}"],
+    "labels": [f"reward=prm labels=oracle alpha=0.5 {THREE}", f"reward=prm flip_labels=0.1,0.2,0.4 alpha=0.5 {THREE}"],
+    "sums": [f"{SIX} preset=sums alpha=0.5 {THREE}"],
+    "map": [f"{THREE} reward=orm,prm,clip,delta,clip-delta,progress,min,normed,penalty alpha=0.03,0.1,0.3,0.5,1,3"],
+}
+SEED = ("seed", "prepare_seed")
+MADE_OF = ("policy", "reward_model", "commit")  # which a run's config.json says, beside its options
+
+
+def combinations(words: list[str]) -> dict[str, dict[str, str]]:
+    """Names and options of the runs that a --sweep asks for: of each of SWEEPS by its name, or of all combinations of lists
+    of values. Options that go together share one list: seed+prepare_seed=0,1. Raises UserError for what is neither."""
+    if words[0] in SWEEPS:
+        if unknown := [word for word in words if word not in SWEEPS]:
+            raise UserError(f"--sweep {unknown[0]}: there is none of that name, choose {', '.join(SWEEPS)}")
+        grids = [grid.split() for word in words for grid in SWEEPS[word]]
+    else:
+        grids = [words]
+    first, runs = ("reward", "preset", "labels"), {}
+    for axes in ([part.partition("=") for part in grid] for grid in grids):
+        for values in product(*(listed.split(",") for _, _, listed in axes)):
+            run = {name: value for (names, _, _), value in zip(axes, values) for name in names.split("+")}
+            if unknown := [k for k, v in run.items() if not v]:
+                raise UserError(f"--sweep {unknown[0]}: give OPTION=VALUE,VALUE, or of {', '.join(SWEEPS)} one or several")
+            if run.get("reward") == "success":  # whose reward has no weight
+                run.pop("alpha", None)
+            alike = run.get("seed") == run.get("prepare_seed")
+            names = [k for k in first if k in run] + [k for k in run if k not in (*first, *SEED)]
+            names += [k for k in SEED if k in run and not (alike and k == "prepare_seed")]
+            runs["-".join(run[k] if k in first else k + run[k] for k in names)] = run
+    return runs
+
+
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, two-sided, for n = 2 to 10
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean of independent runs, and half the width of its 95 % interval; 0 for a single one, of which nothing is known."""
+    n, mean = len(values), sum(values) / len(values)
+    if n < 2:
+        return mean, 0.0
+    deviation = (sum((x - mean) ** 2 for x in values) / (n - 1)) ** 0.5
+    return mean, T95[min(n, 10) - 2] * deviation / n**0.5
+
+
+def render(table: dict) -> str:
+    """A table of a claim in Markdown. A cell is text, or the values of the runs: their mean and interval, with one digit
+    under a head in %, else with two."""
+
+    def cell(head: str, x) -> str:
+        if isinstance(x, str):
+            return x
+        digits = 1 if "%" in head + table["title"] else 2
+        mean, half = interval(x)
+        return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if len(x) > 1 else "")
+
+    return markdown(table["heads"], [[cell(head, x) for head, x in zip(table["heads"], row)] for row in table["rows"]])
+
+
+def read_sweep(names: list[str], runs_dir: str) -> list[dict]:
+    """The runs of these sweeps that are done, and how many are not. Raises UserError if there is none, or if they differ in
+    more than they should."""
+    found, asked = [], combinations(names)
+    for name in asked:
+        folder = Path(runs_dir, name)
+        if (folder / "model").is_dir():
+            options = json.loads((folder / "config.json").read_text())
+            found.append({"run": name, "folder": str(folder), "options": options, "rows": read_run(str(folder))})
+    make = f"python train.py --sweep {' '.join(names)} makes them"
+    if not found:
+        raise UserError(f"{runs_dir}: holds no run of the sweep {' '.join(names)} that is done; {make}")
+    if len(found) < len(asked):
+        print(f"{len(asked) - len(found)} of {len(asked)} runs are not done: {make}")
+    free = {"name", "threads", "resume", "runs_dir", "workers", *MADE_OF} | {k for run in asked.values() for k in run}
+    fixed = [{k: v for k, v in run["options"].items() if k not in free} for run in found]
+    for run, options in zip(found, fixed):
+        if other := [k for k in options if options[k] != fixed[0].get(k)]:
+            raise UserError(f"{run['run']} and {found[0]['run']} differ in {', '.join(other)}: they cannot share a table")
+    return found
+
+
+def of(runs: list[dict], **want) -> list[dict]:
+    return sorted((run for run in runs if all(run["options"][k] == v for k, v in want.items())), key=seed_of)
+
+
+def seed_of(run: dict) -> int:
+    return run["options"]["seed"]
+
+
+def final(runs: list[dict], key: str, scale: float = 1.0) -> list[float]:
+    """Of each run its last value."""
+    return [scale * [row[key] for row in run["rows"] if row.get(key) is not None][-1] for run in runs]
+
+
+def at(runs: list[dict], key: str, iteration: int, scale: float = 1.0) -> list[float]:
+    rows = [row for run in runs for row in run["rows"] if row["iteration"] == iteration]
+    return [scale * row[key] for row in rows if row.get(key) is not None]
+
+
+def rewards_table(runs: list[dict], title: str, paper: bool) -> dict:
+    """Before and after training with each reward; against success by the same seed, so that what the seeds share cancels."""
+    heads = ["reward", "alpha", "seeds", "greedy %", "sampled %", "sampled, against success, %", "steps", "repeats"]
+    heads += ["process reward, first iteration", "last"] + (["the paper's greedy / sampled %"] if paper else [])
+    success, rows = {seed_of(run): run for run in of(runs, reward="success")}, []
+    cell = lambda reward: " / ".join(f"{x:.2f}" for x in PAPER["qwen2-1.5b-instruct", reward]["math"])
+    base = [*success.values()]
+    rows.append([
+        "before", "", str(len(base)), at(base, "greedy_accuracy", 0, 100), at(base, "sampled_accuracy", 0, 100), "",
+        at(base, "sampled_steps", 0), at(base, "sampled_repeats", 0), "", "", *([cell("")] if paper else []),
+    ])  # fmt: skip
+    for reward in REWARDS:
+        for alpha in sorted({run["options"]["alpha"] for run in of(runs, reward=reward)}):
+            group = of(runs, reward=reward, alpha=alpha)
+            pairs = [[run, success[seed_of(run)]] for run in group if seed_of(run) in success]
+            gains = [x - y for x, y in (final(pair, "sampled_accuracy", 100) for pair in pairs)]
+            learned = reward != "success"
+            rows.append([
+                reward, f"{alpha:g}" if learned else "", str(len(group)), final(group, "greedy_accuracy", 100),
+                final(group, "sampled_accuracy", 100), gains if learned else "", final(group, "sampled_steps"),
+                final(group, "sampled_repeats"), at(group, "process_reward", 1) if learned else "",
+                final(group, "process_reward") if learned else "",
+                *([cell(reward) if ("qwen2-1.5b-instruct", reward) in PAPER else ""] if paper else []),
+            ])  # fmt: skip
+    return {"title": title, "heads": heads, "rows": rows}
+
+
+def claim_main(o: "Options", device) -> dict:
+    """2, 4, 5: the six rewards at one alpha."""
+    runs = read_sweep(["main"], o.runs_dir)
+    groups = {reward: of(runs, reward=reward) for reward in REWARDS if of(runs, reward=reward)}
+    panels = ("success", "steps", "process_reward")
+    draw_curves({name: [run["rows"] for run in group] for name, group in groups.items()}, f"{o.out}/hacking.png", panels)
+    series = lambda run, key: [round(row[key], 4) for row in run["rows"] if key in row]
+    curves = {key: {name: [series(run, key) for run in group] for name, group in groups.items()} for key in panels}
+    hacked = hacked_answer(of(runs, reward="prm")[0])
+    return {"runs": runs, "tables": [rewards_table(runs, "rewards", True)], "texts": [hacked], "curves": curves}
+
+
+def hacked_answer(run: dict) -> str:
+    """Of the last iteration's answers the one with the most repeats, with score and return-to-go of each step."""
+    rows = read_answers(Path(run["folder"]) / "samples.jsonl")
+    row = max((row for row in rows if row["iteration"] == rows[-1]["iteration"]), key=lambda row: row["repeats"])
+    lines = [f"{row['question']}   ({run['run']}, iteration {row['iteration']})", f"{'':16}{'score':>6}{'return-to-go':>14}"]
+    steps = [x.strip() for x in prm.steps_of(row)]
+    lines += [f"{step:16}{s:6.2f}{sum(row['refined'][k:]):14.2f}" for k, (step, s) in enumerate(zip(steps, row["scores"]))]
+    rest = row["response"][row["cuts"][-1] :].strip()
+    return "\n".join([*lines, f"{rest} ({row['verdict']}; gold {row['gold']})"])
+
+
+def claim_orm(o: "Options", device) -> dict:
+    """3: what an ORM says beyond correctness."""
+    runs = of(read_sweep(["main"], o.runs_dir), reward="orm")
+    keys = ("success", "outcome_right", "outcome_wrong", "outcome_explained_by_correct", "outcome_explained_by_more")
+    heads = ["iteration", "seeds", "success", "ORM of right answers", "of wrong answers"]
+    heads += ["its variance explained by Correct", "by Correct, steps and repeats"]
+    rows = [[str(i), str(len(runs)), *(at(runs, key, i) for key in keys)] for i in (1, 5, 10, 20)]
+    return {"runs": runs, "tables": [{"title": "orm", "heads": heads, "rows": [row for row in rows if row[-1]]}]}
+
+
+def claim_map(o: "Options", device) -> dict:
+    """6: every reward at every alpha."""
+    runs, tables = read_sweep(["map", "main"], o.runs_dir), []
+    alphas = sorted({run["options"]["alpha"] for run in runs} - {0.0})
+    rewards = [r for r in REWARDS if of(runs, reward=r)]
+    titles = {"sampled_accuracy": "sampled accuracy, %", "sampled_steps": "steps of a sampled answer"}
+    for key, title in titles.items():
+        scale, rows = 100 if "%" in title else 1, []
+        for reward in rewards:
+            groups = [of(runs, reward=reward, **({"alpha": a} if reward != "success" else {})) for a in alphas]
+            rows.append([reward, *(final(group, key, scale) or "" for group in groups)])
+        tables.append({"title": title, "heads": [title, *(f"alpha {alpha:g}" for alpha in alphas)], "rows": rows})
+    figure, axes = new_figure([*titles.values()], 2)
+    for ax, table in zip(axes, tables):
+        for (name, *cells), (colour, style, marker) in zip(table["rows"], LOOKS * 9):
+            points = [(alpha, *interval(x)) for alpha, x in zip(alphas, cells) if x]
+            line = dict(color=colour, linestyle=style, marker=marker, markersize=4, label=name)
+            ax.errorbar(*zip(*points), capsize=2, elinewidth=0.6, **line)
+        ax.set_xscale("log")
+        ax.set_xticks(alphas, [f"{alpha:g}" for alpha in alphas], minor=False)
+        ax.minorticks_off()
+        ax.set_xlabel("alpha")
+        ax.set_ylim(bottom=0)
+    axes[0].set_ylim(top=100)
+    save_figure(figure, axes, f"{o.out}/map.png")
+    return {"runs": runs, "tables": tables}
+
+
+def claim_labels(o: "Options", device) -> dict:
+    """7: the process reward by exact, Monte-Carlo and noisy labels."""
+    runs = of(read_sweep(["labels", "main"], o.runs_dir), reward="prm")
+    heads = ["labels", "seeds", "step AUROC against the oracle", "greedy %", "sampled %", "steps", "repeats"]
+    heads += ["right steps, first iteration, %", "last, %", "process reward, first iteration", "last"]
+    kinds = {"exact": ("oracle", 0.0), "Monte-Carlo": ("hard", 0.0)}
+    kinds |= {f"Monte-Carlo, {flip:.0%} flipped": ("hard", flip) for flip in (0.1, 0.2, 0.4)}
+    rows = []
+    for name, (labels, flip) in kinds.items():
+        if group := of(runs, labels=labels, flip_labels=flip):
+            rows.append([
+                name, str(len(group)), [quality_of(run)["auroc_oracle"] for run in group],
+                final(group, "greedy_accuracy", 100), final(group, "sampled_accuracy", 100), final(group, "sampled_steps"),
+                final(group, "sampled_repeats"), at(group, "good_steps", 1, 100), final(group, "good_steps", 100),
+                at(group, "process_reward", 1), final(group, "process_reward"),
+            ])  # fmt: skip
+    return {"runs": runs, "tables": [{"title": "labels", "heads": heads, "rows": rows}]}
+
+
+def quality_of(run: dict) -> dict:
+    return json.loads(Path(run["options"]["reward_model"], "quality.json").read_text())
+
+
+def claim_dense(o: "Options", device) -> dict:
+    """8: is the refined reward dense, and does it stay so?"""
+    runs, when = read_sweep(["main"], o.runs_dir), (1, 5, 10, 15, 20)
+    groups = {reward: of(runs, reward=reward) for reward in PROCESS}
+    rows = [[name, str(len(x)), *(at(x, "nonzero", i, 100) for i in when)] for name, x in groups.items() if x]
+    heads = ["steps whose reward is not 0, %", "seeds", *(f"iteration {i}" for i in when)]
+    return {"runs": runs, "tables": [{"title": "dense, %", "heads": heads, "rows": rows}]}
+
+
+def claim_cost(o: "Options", device) -> dict:
+    """9: seconds of an iteration, in the first five, while all policies still answer alike."""
+    runs, rows, phases = read_sweep(["main"], o.runs_dir), [], ("sample", "score", "refine", "update")
+    for reward in [r for r in REWARDS if of(runs, reward=r)]:
+        group = of(runs, reward=reward)
+        first = {phase: [at([run], f"seconds_{phase}", i)[0] for run in group for i in range(1, 6)] for phase in phases}
+        by = {phase: [sum(x[i : i + 5]) / 5 for i in range(0, len(x), 5)] for phase, x in first.items()}
+        rows.append([reward, str(len(group)), by["sample"], by["score"], [1000 * x for x in by["refine"]], by["update"],
+                     [sum(x) for x in zip(*by.values())]])  # fmt: skip
+    heads = ["seconds of an iteration", "seeds", "sample", "score", "refine, in milliseconds", "update", "total"]
+    return {"runs": runs, "tables": [{"title": "cost", "heads": heads, "rows": rows}]}
+
+
+def claim_sums(o: "Options", device) -> dict:
+    """10: the other embedded world."""
+    runs = read_sweep(["sums"], o.runs_dir)
+    return {"runs": runs, "tables": [rewards_table(runs, "sums", False)]}
+
+
+def claim_best_of_n(o: "Options", device) -> dict:
+    """1: reward models choose among 16 answers of the policy before training."""
+    runs, values, quality, used = read_sweep(["main"], o.runs_dir), {}, [], []
+    for run in of(runs, reward="prm"):
+        if not (other := of(runs, reward="orm", seed=seed_of(run))):
+            continue
+        used += [run, *other]
+        c, out = run["options"], Path(o.runs_dir, "eval", f"best-of-16-seed{seed_of(run)}")
+        each = Options(
+            model=c["policy"], prm=c["reward_model"], orm=other[0]["options"]["reward_model"], data=c["data"], problems=500,
+            samples=16, prompt=c["prompt"], max_new_tokens=c["max_new_tokens"], slots=c["slots"], out=str(out),
+        )  # fmt: skip
+        with redirect_stdout(StringIO()):
+            evaluate_model(each, ("", ""), 0, 1, device)
+        for measure, figures in json.loads((out / "results.json").read_text())["results"][c["data"]].items():
+            values.setdefault(measure, []).append(100 * figures[0])
+        quality.append((quality_of(run), quality_of(other[0])))
+    gain = lambda measure, base: [x - y for x, y in zip(values[measure], values[base])]
+    rows = [["pass@1", values["pass@1"], "", ""]]
+    rows.append(["majority of 16", values["majority of 16"], gain("majority of 16", "pass@1"), ""])
+    for way in ("ORM", *(f"PRM {name}" for name in AGGREGATES)):
+        for how in ("best", "vote"):
+            measure = f"{how} of 16 by {way}"
+            rows.append([measure, values[measure], gain(measure, "pass@1"), gain(measure, "majority of 16")])
+    rows.append(["pass@16", values["pass@16"], gain("pass@16", "pass@1"), gain("pass@16", "majority of 16")])
+    heads = [f"%, {len(quality)} seeds, 500 problems each", "accuracy", "above pass@1", "above majority"]
+    judged = [["PRM: steps, against the oracle", [q["auroc_oracle"] for q, _ in quality]],
+              ["PRM: steps, against Monte-Carlo labels", [q["auroc"] for q, _ in quality]],
+              ["ORM: answers, against Correct", [q["auroc"] for _, q in quality]]]  # fmt: skip
+    tables = [{"title": "best of n, %", "heads": heads, "rows": rows},
+              {"title": "auroc", "heads": ["AUROC on held-out questions", "mean"], "rows": judged}]  # fmt: skip
+    return {"runs": used, "tables": tables}
+
+
+def claim_repeats(o: "Options", device) -> dict:
+    """11: what each reward pays, before alpha, for right answers with one step written m times more, or m empty steps before
+    the answer."""
+    runs, most, tables = of(read_sweep(["main"], o.runs_dir), reward="prm"), 10, []
+    for kind in ("repeated", "empty"):
+        sums, last = ({name: [[] for _ in range(most + 1)] for name in PROCESS + BASELINES} for _ in range(2))
+        for run in runs:
+            c, rng = run["options"], random.Random(0)
+            judge = Judge(Options(prm=c["reward_model"], prompt=c["prompt"]), "prm", device)
+            answers, rows, places = [toy_lines(p.question) for p in load_problems(c["data"], "test", 200)], [], []
+            for p, lines in zip(load_problems(c["data"], "test", 200), answers):
+                k = rng.randrange(len(lines) - 1) + 1 if kind == "repeated" else len(lines) - 1
+                for m in range(most + 1):
+                    more = [lines[k - 1] if kind == "repeated" else "="] * m
+                    rows.append(answer_row(p.question, "\n".join(lines[:k] + more + lines[k:]), judge.o))
+                    places.append(k + m - 1)  # of the last step that was put in
+            ends, mask = prm.pad_steps([row["cuts"] for row in rows])
+            scores = torch.zeros(mask.shape)
+            scores[mask] = torch.tensor([x for row in judge.scores(rows) for x in row])
+            for name in sums:
+                r = refine(name, scores, mask, c["eta"])
+                go = r.flip(1).cumsum(1).flip(1)  # the return-to-go
+                for m in range(most + 1):
+                    sums[name][m].append(r.sum(1)[m :: most + 1].mean().item())
+                    last[name][m].append(go[torch.arange(len(rows)), places][m :: most + 1].mean().item())
+        for what, by in (("sum", sums), ("return-to-go of the last one", last)):
+            heads = [f"{kind} steps: {what}", *(f"m = {m}" for m in range(most + 1))]
+            tables.append({"title": f"{kind} {what}", "heads": heads, "rows": [[name, *x] for name, x in by.items()]})
+    return {"runs": runs, "tables": tables}
+
+
+CLAIMS = {
+    "best-of-n": claim_best_of_n, "main": claim_main, "orm": claim_orm, "map": claim_map, "labels": claim_labels,
+    "dense": claim_dense, "cost": claim_cost, "sums": claim_sums, "repeats": claim_repeats,
+}  # fmt: skip
+
+
+def show_claims(o: "Options", device) -> None:
+    """Print the tables of the claims, and write them with all that is behind them: OUT/NAME.json, figures as png."""
+    o.out = o.out or str(Path(o.runs_dir, "claims"))
+    Path(o.out).mkdir(parents=True, exist_ok=True)
+    names = [*CLAIMS] if o.claim == "all" else [o.claim]
+    for name in names:
+        found = CLAIMS[name](o, device)
+        runs = [{k: run["options"][k] for k in ("name", *SEED, "alpha", "commit")} for run in found.pop("runs")]
+        options = json.loads(Path(o.runs_dir, runs[0]["name"], "config.json").read_text())
+        print("\n" + "\n\n".join([f"# {name}", *map(render, found["tables"]), *found.get("texts", [])]))
+        whole = {"claim": name, "commit": commit(), **found, "runs": runs, "options_of_the_first": options}
+        write(Path(o.out, f"{name}.json"), json.dumps(whole, indent=1))
+    print(f"\nwritten: {o.out}/")
+
+
+def commit() -> str:
+    """Of this code, with a + if it was changed since; empty outside a git checkout."""
+    try:
+        call = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+        return subprocess.run(call, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
 # ------------------------------------------------------------------------------------------------ the script
@@ -432,6 +805,9 @@ def draw_curves(folders: list[str], path: str) -> None:
 class Options(TextOptions):
     model: str = option("", "a run's folder, a model's folder or a hub name")
     runs: list[str] = field(default_factory=list, metadata={"help": "folders of runs to compare, instead of --model"})
+    claim: str = option("", "tables and figures of one of the README's claims, or all, over the runs of train.py --sweep",
+                        choices=["", "all", *CLAIMS])  # fmt: skip
+    runs_dir: str = option("runs", "with --claim: where the runs are")
     figure: str = option("", "with --runs: write the curves to this file (png, pdf, svg)")
     data: str = option("", "problems: toy, gsm8k, math, math-500, files, NAME,NAME; empty: the run's evaluation problems")
     problems: int = option(0, "how many problems of each set at most; 0: all, and 1000 of the embedded world's")
@@ -451,11 +827,11 @@ class Options(TextOptions):
 
 def parse(argv: list[str] | None = None) -> tuple[Options, tuple[str, str]]:
     """The options, and the name by which the paper would know the model: (model, reward)."""
-    usage = "python eval.py --model M | --runs R [R ...] | --prm P --processbench NAMES [--OPTION VALUE ...]"
+    usage = "python eval.py --model M | --runs R [R ...] | --claim C | --prm P --processbench NAMES [--OPTION VALUE ...]"
     parser = HfArgumentParser(Options, usage=usage, allow_abbrev=False)
     o = Options(**vars(parser.parse_args(argv)))
-    if sum(map(bool, (o.model, o.runs, o.processbench or o.pairs))) != 1:
-        raise UserError("give one of --model, --runs, or a reward model with --processbench or --pairs")
+    if sum(map(bool, (o.model, o.runs, o.claim, o.processbench or o.pairs))) != 1:
+        raise UserError("give one of --model, --runs, --claim, or a reward model with --processbench or --pairs")
     if o.figure and not o.runs:
         raise UserError("--figure draws the curves of --runs: a model alone has none")
     if o.model and (o.prm or o.orm) and o.samples < 2:
@@ -609,12 +985,14 @@ def main() -> None:
         if o.out:
             Path(o.out).write_text(json.dumps(runs, indent=1))
         if o.figure:
-            draw_curves(o.runs, o.figure)
+            draw_curves({Path(folder).name: [read_run(folder)] for folder in o.runs}, o.figure)
             print(f"\nwritten: {o.figure}")
         return
     rank, world, device = start_processes()
     with watching(rank, world):
-        if o.model:
+        if o.claim:
+            show_claims(o, device)
+        elif o.model:
             evaluate_model(o, known, rank, world, device)
         else:
             evaluate_reward_models(o, rank, world, device)

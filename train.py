@@ -30,7 +30,7 @@ import warnings
 import zlib
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import accumulate, product
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -44,7 +44,7 @@ from data import (
     WORLDS, TextOptions, UserError, append, deal, draw, drop_known, encode_prompts, is_toy, load_mixture, mixture, option,
     oracle, run_script, toy_problems, toy_solution, toy_tokenizer, write,
 )  # fmt: skip
-from eval import before_after, evaluate, judge, summarise
+from eval import MADE_OF, before_after, combinations, commit, evaluate, judge, summarise
 from grader import VERDICTS
 from model import (
     DTYPES, Muon, NonFinite, ScalarModel, all_reduce, barrier, checkpoint_layers, eos_ids, gather, load_causal_lm,
@@ -75,7 +75,7 @@ class Options(TextOptions):
     orm: str = option("", "folder of an outcome reward model; empty: label and train one")
     completer: str = option("", "model that completes step prefixes for the labels; empty: the policy")
     # the reward: alpha * r + Correct - beta * log(pi / pi_ref)
-    alpha: float | None = option(None, "weight of the learned reward; default: by reward, see ALPHA")
+    alpha: float | None = option(None, "weight of the learned reward; default: 0.5")
     eta: float = option(0.5, "threshold of clip: steps that score above it get 0; of penalty the price of a step")
     beta: float = option(0.02, "weight of the KL penalty")
     # the rollout
@@ -148,7 +148,7 @@ PRESETS = {
 PRESETS["sums"] = PRESETS["toy"] | dict(data="sums", eval_data="sums", max_new_tokens=160)
 # The paper's six models. Batch, training and evaluation questions and completer are the paper's. What it leaves open is
 # ours, for these reasons:
-#   alpha, eta, beta, learning rates          the general defaults above; ALPHA is what the embedded world bore
+#   alpha, eta, beta, learning rates          the general defaults above; alpha is what the embedded world bore
 #   1 epoch, 4 minibatches, gamma = lambda = 1: ReaLHF's defaults, the authors' own system
 #   max_new_tokens 1024                       Qwen's solutions of MATH rarely need more, and a hacked one must end
 #   separator                                 a blank line, where Qwen's models end a step, and Qwen's PRMs too
@@ -163,7 +163,7 @@ for family in ("Qwen2", "Qwen2-Math", "Qwen2.5-Math"):
             **(dict(checkpoint_activations=True, slots=96) if size == "7B" else {}),  # see --plan
         )  # fmt: skip
 DEFAULT = "qwen2-1.5b-instruct"  # with CUDA
-ALPHA = {"success": 0.0, "delta": 0.1}  # all others 1
+ALPHA = 0.5  # at which the embedded world's prm is hacked within 20 iterations, and clip, delta and clip-delta are not
 
 
 def parse(argv: list[str] | None = None) -> tuple[Options, str]:
@@ -187,7 +187,7 @@ def parse(argv: list[str] | None = None) -> tuple[Options, str]:
     options = Options(**vars(parser.parse_args(argv)))
     check(options)
     if options.alpha is None:
-        options.alpha = ALPHA.get(options.reward, 1.0)
+        options.alpha = ALPHA if options.reward != "success" else 0.0
     return options, f"preset: {preset or 'none'} ({why})"
 
 
@@ -732,20 +732,10 @@ def load_checkpoint(folder: Path, trainer: Trainer, sources: dict) -> int:
 # ------------------------------------------------------------------------------------------------ runs
 
 
-MADE_OF = ("policy", "reward_model", "commit")  # which config.json says, beside the options
 FREE = (  # options that do not change what is computed
     "name", "resume", "resume_from", "iterations", "save_every", "keep", "runs_dir", "slots", "threads", "token_budget",
     "checkpoint_activations", "offload_frozen", "log_to", "sweep", "workers", *MADE_OF,
 )  # fmt: skip
-
-
-def commit() -> str:
-    """Of this code, with a + if it was changed since; empty outside a git checkout."""
-    try:
-        call = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
-        return subprocess.run(call, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
 
 
 def fixed(options: dict) -> dict:
@@ -962,40 +952,6 @@ def open_log(o: Options, folder: Path, start: int):
 
 # ------------------------------------------------------------------------------------------------ many runs
 
-SIX, SEEDS = "reward=success,orm,prm,clip,delta,clip-delta", "seed+prepare_seed=0,1,2,3,4"
-SWEEPS = {  # the runs behind the README's claims
-    "main": [f"{SIX} alpha=1 {SEEDS}"],
-    "map": ["reward=orm,prm,clip,delta,clip-delta,progress,min,normed,penalty alpha=0.03,0.1,0.3,0.5,1,3 "
-            "seed+prepare_seed=0,1"],
-    "labels": ["reward=prm alpha=1 labels=oracle seed+prepare_seed=0,1,2",
-               "reward=prm alpha=1 flip_labels=0.1,0.2,0.4 seed+prepare_seed=0,1,2"],
-    "sums": [f"preset=sums {SIX} alpha=1 seed+prepare_seed=0,1,2"],
-}  # fmt: skip
-
-
-def combinations(words: list[str]) -> dict[str, dict[str, str]]:
-    """Names and options of the runs that a --sweep asks for: of each of SWEEPS by its name, or of all combinations of lists
-    of values. Options that go together share one list: seed+prepare_seed=0,1. Raises UserError for what is neither."""
-    if words[0] in SWEEPS:
-        if unknown := [word for word in words if word not in SWEEPS]:
-            raise UserError(f"--sweep {unknown[0]}: there is none of that name, choose {', '.join(SWEEPS)}")
-        grids = [grid.split() for word in words for grid in SWEEPS[word]]
-    else:
-        grids = [words]
-    order, runs = [f.name for f in fields(Options)], {}
-    for axes in ([part.partition("=") for part in grid] for grid in grids):
-        for values in product(*(listed.split(",") for _, _, listed in axes)):
-            run = {name: value for (names, _, _), value in zip(axes, values) for name in names.split("+")}
-            if unknown := [f"{k}={v}" for k, v in run.items() if k not in order or not v]:
-                raise UserError(f"--sweep {unknown[0].rstrip('=')}: give OPTION=VALUE,VALUE, or one of {', '.join(SWEEPS)}")
-            if run.get("reward") == "success":  # whose reward has no weight
-                run.pop("alpha", None)
-            parts = sorted((order.index(k), v if k in ("reward", "preset", "labels") else k + v) for k, v in run.items()
-                           if k != "prepare_seed" or v != run.get("seed"))  # fmt: skip
-            runs["-".join(part for _, part in parts)] = run
-    return runs
-
-
 def sweep(o: Options, argv: list[str]) -> None:
     """All runs of a sweep, each a process of its own, some at once, under one progress bar. Those that are done are left as
     they are, others continue. Raises UserError at the end if one has failed."""
@@ -1003,6 +959,8 @@ def sweep(o: Options, argv: list[str]) -> None:
     first.add_argument("--sweep", nargs="+")
     first.add_argument("--workers")
     rest, runs = first.parse_known_args(argv)[1], combinations(o.sweep)
+    if unknown := {k for run in runs.values() for k in run} - {f.name for f in fields(Options)}:
+        raise UserError(f"--sweep {min(unknown)}=...: there is no option of that name, see python train.py --help")
     workers = o.workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
     calls, folder, goals = {}, Path(o.runs_dir), {}
     for name, run in runs.items():
