@@ -487,14 +487,14 @@ def combinations(words: list[str]) -> dict[str, dict[str, str]]:
     for axes in ([part.partition("=") for part in grid] for grid in grids):
         for values in product(*(listed.split(",") for _, _, listed in axes)):
             run = {name: value for (names, _, _), value in zip(axes, values) for name in names.split("+")}
-            if unknown := [k for k, v in run.items() if not v]:
+            if unknown := [k for k, v in run.items() if not (k and v)]:
                 raise UserError(f"--sweep {unknown[0]}: give OPTION=VALUE,VALUE, or of {', '.join(SWEEPS)} one or several")
             if run.get("reward") == "success":  # whose reward has no weight
                 run.pop("alpha", None)
             alike = run.get("seed") == run.get("prepare_seed")
             names = [k for k in first if k in run] + [k for k in run if k not in (*first, *SEED)]
             names += [k for k in SEED if k in run and not (alike and k == "prepare_seed")]
-            runs["-".join(run[k] if k in first else k + run[k] for k in names)] = run
+            runs["-".join(run[k] if k in first else k + run[k] for k in names).replace("/", "_")] = run
     return runs
 
 
@@ -515,8 +515,8 @@ def render(table: dict) -> str:
     under a head in %, else with two."""
 
     def cell(head: str, x) -> str:
-        if isinstance(x, str):
-            return x
+        if isinstance(x, str) or not x:
+            return x or ""
         digits = 1 if "%" in head + table["title"] else 2
         mean, half = interval(x)
         return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if len(x) > 1 else "")
@@ -541,7 +541,7 @@ def read_sweep(names: list[str], runs_dir: str) -> list[dict]:
     free = {"name", "threads", "resume", "runs_dir", "workers", *MADE_OF} | {k for run in asked.values() for k in run}
     fixed = [{k: v for k, v in run["options"].items() if k not in free} for run in found]
     for run, options in zip(found, fixed):
-        if other := [k for k in options if options[k] != fixed[0].get(k)]:
+        if other := [k for k in {**fixed[0], **options} if options.get(k) != fixed[0].get(k)]:
             raise UserError(f"{run['run']} and {found[0]['run']} differ in {', '.join(other)}: they cannot share a table")
     return found
 

@@ -94,8 +94,8 @@ def make_labels(
     models (`made_by` names them); refuses another's. A completer with a tokenizer of its own reads the prefixes as text."""
     o, eos, reads = options, eos_ids(policy, tokenizer), completer_tokenizer or tokenizer
     problems = problems[: o.problems]
-    if o.labels == "oracle" and not all(is_toy(p.question) for p in problems):
-        raise UserError("--labels oracle: only the embedded worlds know which steps are right; choose hard or soft")
+    if o.labels == "oracle" and (o.separator != "\n" or not all(is_toy(p.question) for p in problems)):
+        raise UserError("--labels oracle: only of the embedded worlds' lines is it known what is right; choose hard or soft")
     prompts = encode_prompts(tokenizer, problems, o.prompt, o.max_prompt_tokens)
     own = reads.get_vocab() == tokenizer.get_vocab()
     starts = prompts if own else encode_prompts(reads, problems, o.prompt, 1 << 30)

@@ -185,7 +185,10 @@ def parse(argv: list[str] | None = None) -> tuple[Options, str]:
     parser = HfArgumentParser(Options, usage="python train.py [--reward NAME] [--OPTION VALUE ...]", allow_abbrev=False)
     parser.set_defaults(**PRESETS.get(preset, {}), preset=preset)
     options = Options(**vars(parser.parse_args(argv)))
-    check(options)
+    if not options.sweep:  # of which each run is checked
+        check(options)
+    elif options.workers < 0:
+        raise UserError("--workers must be at least 0")
     if options.alpha is None:
         options.alpha = ALPHA if options.reward != "success" else 0.0
     return options, f"preset: {preset or 'none'} ({why})"
@@ -281,8 +284,10 @@ def check(o: Options) -> None:
         raise UserError("--alpha weighs a learned reward, which --reward success has not: drop it")
     if o.eta != Options.eta and "clip" not in o.reward and o.reward != "penalty":
         raise UserError(f"--eta is for clip, clip-delta and penalty, and --reward {o.reward} has none: drop it")
-    if o.labels == "oracle" and o.data not in WORLDS:
-        raise UserError(f"--labels oracle: of --data {o.data} nobody knows which steps are right; choose hard or soft")
+    if o.labels == "oracle" and (o.data not in WORLDS or o.separator != "\n"):
+        raise UserError("--labels oracle is for the lines of an embedded world (--data toy or sums); choose hard or soft")
+    if (o.labels == "oracle" or o.flip_labels) and (kind != "prm" or o.prm):
+        raise UserError("--labels oracle and --flip-labels change the labels of a PRM that is made here: drop them")
     if not 0 <= o.flip_labels <= 1:
         raise UserError("--flip-labels is a share of the labels: give 0 to 1")
     if not o.model and o.data not in WORLDS:
@@ -764,12 +769,17 @@ def open_run(o: Options, again: bool = False) -> Path:
         raise UserError(f"{folder} exists: --resume continues it, another --name starts a new run")
     if taken(folder):
         lock(folder / "lock").close()  # to say so now, not after the preparation
-        old = {**asdict(Options()), **json.loads((folder / "config.json").read_text())}  # of an older version, perhaps
-        if changed := differences(fixed(old), fixed(asdict(o))):
-            raise UserError(f"{folder} was started with other options ({changed}): use those, or another --name")
+        same_options(folder, o)
     elif o.resume:
         print(f"{folder} holds no run yet: it starts", flush=True)
     return folder
+
+
+def same_options(folder: Path, o: Options) -> None:
+    """Raises UserError if the run in this folder has others."""
+    old = {**asdict(Options()), **json.loads((folder / "config.json").read_text())}  # of an older version, perhaps
+    if changed := differences(fixed(old), fixed(asdict(o))):
+        raise UserError(f"{folder} was started with other options ({changed}): use those, or another --name")
 
 
 def keep_until(path: Path, iteration: int) -> None:
@@ -959,14 +969,18 @@ def sweep(o: Options, argv: list[str]) -> None:
     first.add_argument("--sweep", nargs="+")
     first.add_argument("--workers")
     rest, runs = first.parse_known_args(argv)[1], combinations(o.sweep)
-    if unknown := {k for run in runs.values() for k in run} - {f.name for f in fields(Options)}:
-        raise UserError(f"--sweep {min(unknown)}=...: there is no option of that name, see python train.py --help")
+    own = {"name", "runs_dir", "resume", "sweep", "workers", "plan"}
+    if unknown := {k for run in runs.values() for k in run} - ({f.name for f in fields(Options)} - own):
+        raise UserError(f"--sweep {min(unknown)}=...: a sweep has no option of that name, see python train.py --help")
     workers = o.workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
     calls, folder, goals = {}, Path(o.runs_dir), {}
     for name, run in runs.items():
         chosen = [x for k, v in run.items() for x in (f"--{k.replace('_', '-')}", v)]
         calls[name] = [*rest, *chosen, "--name", name, "--resume", *(["--threads", "1"] if workers > 1 else [])]
-        goals[name] = parse(calls[name])[0].iterations  # a mistake is told before the first run
+        run = parse(calls[name])[0]  # a mistake is told before the first run
+        goals[name] = run.iterations
+        if (folder / name / "config.json").exists():
+            same_options(folder / name, run)
     reached = lambda name: last_iteration(folder / name / "metrics.jsonl")
     waiting = [name for name in runs if reached(name) < goals[name] or not (folder / name / "model").exists()]
     running, failed, told, seen = {}, [], [], {name: reached(name) for name in runs}

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data import (
     SYSTEM,
+    WORLDS,
     Problem,
     UserError,
     decode,
@@ -92,42 +93,68 @@ def pieces(tok, ids, ends) -> list[str]:
         ("03b-8c*7d+9=", ["b03-8=95", "c95*7=65", "d65+9=74", "####74"]),  # below 0, and 665 mod 100
         ("00b-2c-9d+6=", ["b00-2=98", "c98-9=89", "d89+6=95", "####95"]),
         ("99b+9c*9d-8=", ["b99+9=08", "c08*9=72", "d72-8=64", "####64"]),  # above 99
+        ("b42c05d97e16=", ["e1+6+0=07", "d9+7+0=16", "c0+5+1=06", "b4+2+0=06", "####06667"]),  # 4091 + 2576
+        ("b95c40d61e38f27g59h04=", ["h0+4+0=04", "g5+9+0=14", "f2+7+1=10", "e3+8+1=12", "d6+1+1=08", "c4+0+0=04",
+                                    "b9+5+0=14", "####14482044"]),  # 9463250 + 5018794
+        ("b00c00d00e00=", ["e0+0+0=00", "d0+0+0=00", "c0+0+0=00", "b0+0+0=00", "####00000"]),
     ],
 )
 def test_toy_lines_are_the_ones_computed_by_hand(question, lines):
     assert toy_lines(question) == lines and is_toy(question)
 
 
-@pytest.mark.parametrize("question", ["", "41=", "41b+5", "1b+5c+3=", "41b+55c+3=", "41b/5=", "41b+5= ", "41h+5="])
+OTHER = ["", "41=", "41b+5", "1b+5c+3=", "41b+55c+3=", "41b/5=", "41b+5= ", "41h+5="]
+OTHER += ["=", "b42", "b4=", "b421=", "i42=", "b4-2=", "b42 c05=", "41b42=", "b42c+5="]
+
+
+@pytest.mark.parametrize("question", OTHER)
 def test_other_questions_are_not_of_the_embedded_world(question):
     assert not is_toy(question)
     with pytest.raises(UserError, match="embedded world"):
         toy_lines(question)
 
 
-def test_toy_problems_are_distinct_and_no_test_question_is_a_training_question_whatever_the_seeds():
-    questions = lambda split: [{p.question for p in toy_problems(split, 1500, seed)} for seed in range(3)]
+def test_the_answer_of_sums_is_the_sum_of_its_two_numbers():
+    lengths = set()
+    for p in toy_problems("train", 200, world="sums"):
+        first, second = (int("".join(p.question[i::3][: len(p.question) // 3])) for i in (1, 2))
+        assert int(p.answer.removeprefix("####")) == first + second
+        lengths.add(len(toy_lines(p.question)) - 1)
+    assert lengths == {4, 5, 6, 7}
+
+
+def test_a_question_of_one_world_is_never_one_of_the_other():
+    for name, world in WORLDS.items():
+        for p in toy_problems("train", 300, world=name):
+            assert is_toy(p.question) and [n for n, w in WORLDS.items() if w.pattern.fullmatch(p.question)] == [name]
+            assert toy_lines(p.question) == world.lines(p.question)
+
+
+@pytest.mark.parametrize("world, columns", [("toy", range(3, 7)), ("sums", range(4, 8))])
+def test_toy_problems_are_distinct_and_no_test_question_is_a_training_question_whatever_the_seeds(world, columns):
+    questions = lambda split: [{p.question for p in toy_problems(split, 1500, seed, world)} for seed in range(3)]
     train, test = questions("train"), questions("test")
     assert all(len(q) == 1500 for q in train + test)
     assert not set.union(*train) & set.union(*test)
-    assert train[0] != train[1] and toy_problems("train", 20, 7) == toy_problems("train", 20, 7)
-    for p in toy_problems("train", 300):
-        assert p.answer == toy_lines(p.question)[-1] and 3 <= len(toy_lines(p.question)) - 1 <= 6
-    assert load_problems("toy", "test", 50) == toy_problems("test", 50)
+    assert train[0] != train[1] and toy_problems("train", 20, 7, world) == toy_problems("train", 20, 7, world)
+    for p in toy_problems("train", 300, world=world):
+        assert p.answer == toy_lines(p.question)[-1] and len(toy_lines(p.question)) - 1 in columns
+    assert load_problems(world, "test", 50) == toy_problems("test", 50, world=world)
 
 
-def test_toy_solutions_are_right_and_short_and_repeat_only_right_lines():
-    tok, rng, most = toy_tokenizer(), random.Random(0), {}
-    for p in toy_problems("train", 300):
+@pytest.mark.parametrize("world, lines_at_most, tokens", [("toy", 7, 128), ("sums", 8, 160)])
+def test_toy_solutions_are_right_and_short_and_repeat_only_right_lines(world, lines_at_most, tokens):
+    tok, rng, most = toy_tokenizer(world), random.Random(0), {}
+    for p in toy_problems("train", 300, world=world):
         right = toy_lines(p.question)
         for repeat in (0.0, 0.1, 1.0):
             text = toy_solution(p.question, rng, repeat)
             lines = text.split("\n")
             assert lines[-1] == p.answer and list(dict.fromkeys(lines)) == right  # each first time in the right order
-            assert len(lines) <= 13 and len(tok.encode(text)) + 1 <= 128
+            assert len(lines) <= 13 and len(tok.encode(text)) + 1 <= tokens
             assert oracle(p.question, text) == [True] * len(lines)
             most[repeat] = max(most.get(repeat, 0), len(lines))
-    assert most[0.0] == 7 < most[0.1] <= most[1.0] == 13
+    assert most[0.0] == lines_at_most < most[0.1] <= most[1.0] == 13
 
 
 @pytest.mark.parametrize(
@@ -150,9 +177,26 @@ def test_oracle_labels(response, labels):
     assert oracle("41b+5c*3=", response) == labels
 
 
-def test_toy_tokenizer_round_trip():
-    tok, rng = toy_tokenizer(), random.Random(1)
-    for p in toy_problems("test", 200):
+@pytest.mark.parametrize(
+    "response, labels",
+    [
+        ("e1+6+0=07\nd9+7+0=16\nc0+5+1=06\nb4+2+0=06\n####06667", [True] * 5),
+        ("e1+6+0=07\ne1+6+0=07\nd9+7+0=16\nd9+7+0=16\nc0+5+1=06\nb4+2+0=06\n####06667", [True] * 7),
+        ("e1+6+0=07\nd9+7+0=16\nc0+5+0=05\nb4+2+0=06\n####06567", [True, True, False, False, False]),  # lost a carry
+        ("e1+6+0=08\ne1+6+0=07", [False, False]),
+        ("####06667", [True]),
+        ("####6667", [False]),
+        ("####07666", [False]),  # the digits as they came
+    ],
+)
+def test_oracle_labels_of_sums(response, labels):
+    assert oracle("b42c05d97e16=", response) == labels
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_toy_tokenizer_round_trip(world):
+    tok, rng = toy_tokenizer(world), random.Random(1)
+    for p in toy_problems("test", 200, world=world):
         for text in (p.question, toy_solution(p.question, rng, 0.3)):
             ids = tok.encode(text)
             assert decode(tok, ids) == text and tok.unk_token_id not in ids

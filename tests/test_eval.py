@@ -13,7 +13,8 @@ import eval as evaluation
 import prm
 from data import Problem, UserError, load_problems, run_script, toy_tokenizer
 from eval import (
-    AGGREGATES, PAPER, best_of, bootstrap, first_wrong, judge, measures, pass_at_k, same_answers, summarise, vote, voted,
+    AGGREGATES, PAPER, SWEEPS, best_of, bootstrap, combinations, first_wrong, interval, judge, measures, pass_at_k,
+    read_sweep, render, same_answers, summarise, vote, voted,
 )  # fmt: skip
 from model import ScalarModel, toy_model
 from rollout import Sample
@@ -344,3 +345,119 @@ def test_rows_of_another_form_get_one_sentence(kind, tmp_path, monkeypatch, caps
         with pytest.raises(SystemExit):
             run_script(evaluation.main)
         assert "x.jsonl line 2: needs" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ claims, over many runs
+
+
+@pytest.mark.parametrize("name, count, seeds", [("main", 30, 5), ("map", 162, 3), ("labels", 12, 3), ("sums", 18, 3)])
+def test_each_sweep_of_the_claims_has_its_runs_each_under_a_name_of_its_own(name, count, seeds):
+    runs = combinations([name])
+    assert len(runs) == count and len({json.dumps(run, sort_keys=True) for run in runs.values()}) == count
+    assert {run["seed"] for run in runs.values()} == {run["prepare_seed"] for run in runs.values()} == {*"01234"[:seeds]}
+    success = [run for run in runs.values() if run["reward"] == "success"]
+    assert len(success) == (seeds if name in ("main", "sums") else 0) and not any("alpha" in run for run in success)
+    assert all("alpha" in run for run in runs.values() if run not in success)
+    assert {run.get("preset") for run in runs.values()} == {"sums" if name == "sums" else None}
+
+
+def test_sweeps_share_the_runs_that_are_the_same():
+    main, grid, both = (combinations(names) for names in (["main"], ["map"], ["map", "main"]))
+    shared = main.keys() & grid.keys()
+    assert len(shared) == 5 * 3 and all(main[name] == grid[name] for name in shared)  # five rewards, three seeds
+    assert both == grid | main and set(SWEEPS) == {"main", "map", "labels", "sums"}
+    assert not combinations(["sums"]).keys() & combinations(["main", "map", "labels"]).keys()
+
+
+def test_a_sweep_combines_lists_of_values_and_success_once_for_each_seed():
+    assert combinations("reward=success,prm alpha=0.1,1 seed+prepare_seed=0,1".split()) == {
+        "success-seed0": {"reward": "success", "seed": "0", "prepare_seed": "0"},
+        "success-seed1": {"reward": "success", "seed": "1", "prepare_seed": "1"},
+        "prm-alpha0.1-seed0": {"reward": "prm", "alpha": "0.1", "seed": "0", "prepare_seed": "0"},
+        "prm-alpha0.1-seed1": {"reward": "prm", "alpha": "0.1", "seed": "1", "prepare_seed": "1"},
+        "prm-alpha1-seed0": {"reward": "prm", "alpha": "1", "seed": "0", "prepare_seed": "0"},
+        "prm-alpha1-seed1": {"reward": "prm", "alpha": "1", "seed": "1", "prepare_seed": "1"},
+    }
+    assert [*combinations("lr=1e-4,1e-3 seed=0".split())] == ["lr1e-4-seed0", "lr1e-3-seed0"]
+    assert [*combinations("seed=0,1 prepare_seed=0,1 labels=soft".split())] == [
+        "soft-seed0", "soft-seed0-prepare_seed1", "soft-seed1-prepare_seed0", "soft-seed1"]  # fmt: skip
+
+
+def test_the_name_of_a_run_is_the_same_wherever_reward_alpha_labels_preset_and_seeds_stand():
+    words = ["reward=prm,clip", "preset=sums", "alpha=1", "labels=soft", "seed+prepare_seed=2"]
+    names = {frozenset(combinations([*order])) for order in itertools.permutations(words)}
+    assert names == {frozenset(["prm-sums-soft-alpha1-seed2", "clip-sums-soft-alpha1-seed2"])}
+
+
+@pytest.mark.parametrize("words", ["alpha=", "alpha=1,", "alpha", "=1", "+seed=1", "x", "main x", "alpha=1 main"])
+def test_what_is_no_sweep_is_refused(words):
+    with pytest.raises(UserError, match="--sweep"):
+        combinations(words.split())
+
+
+def test_the_interval_of_a_few_runs_is_students():
+    assert interval([0.25]) == (0.25, 0.0)
+    assert interval([1, 3]) == pytest.approx((2, 12.706))  # deviation 2^0.5, over 2^0.5
+    assert interval([1, 2, 3, 4, 5]) == pytest.approx((3, 2.776 * (2.5 / 5) ** 0.5))
+    assert interval([7] * 4) == (7, 0)
+    many = [0.0, 1.0] * 50  # of many runs it is at least the normal one
+    assert 1.96 <= interval(many)[1] / (sum((x - 0.5) ** 2 for x in many) / 99 / 100) ** 0.5 < 2.3
+
+
+def test_a_table_has_one_digit_under_a_head_in_percent_and_else_two():
+    heads, rows = ["reward", "greedy %", "steps"], [["prm", [50.0, 52.0], [5.125]], ["before", "", [1.0, 3.0]]]
+    assert render({"title": "t", "heads": heads, "rows": rows}).splitlines() == [
+        "| reward | greedy % | steps |",
+        "| --- | --- | --- |",
+        "| prm | 51.0 ± 12.7 | 5.12 |",
+        "| before |  | 2.00 ± 12.71 |",
+    ]
+    assert render({"title": "accuracy, %", "heads": ["a"], "rows": [[[3.14159]]]}).endswith("| 3.1 |")
+
+
+def test_a_cell_of_which_no_run_is_done_yet_is_empty():
+    assert render({"title": "t", "heads": ["a", "b"], "rows": [["x", []]]}).endswith("| x |  |")
+
+
+@pytest.fixture
+def main_sweep(monkeypatch):
+    monkeypatch.setitem(SWEEPS, "main", ["reward=success,prm,clip alpha=1 seed+prepare_seed=0,1"])  # six runs
+
+
+def swept(path, **options):
+    """A run of a sweep that is done."""
+    fake_run(path, 0.5)
+    (path / "model").mkdir()
+    default = {"name": path.name, "reward": "prm", "alpha": 1.0, "seed": 0, "prepare_seed": 0, "lr": 0.1}
+    (path / "config.json").write_text(json.dumps(default | options))
+
+
+def test_a_sweep_is_read_as_far_as_it_is_done(tmp_path, capsys, main_sweep):
+    with pytest.raises(UserError, match="holds no run of the sweep main that is done; python train.py --sweep main makes"):
+        read_sweep(["main"], str(tmp_path))
+    swept(tmp_path / "success-seed0", reward="success", alpha=0.0, commit="a", policy="p", threads=1, workers=0)
+    swept(tmp_path / "prm-alpha1-seed1", seed=1, prepare_seed=1, commit="b", policy="q", threads=2, workers=0)
+    swept(tmp_path / "prm-alpha1-seed7", seed=7, lr=9)  # not of the sweep
+    fake_run(tmp_path / "prm-alpha1-seed0", 0.5)  # not done: it has no model yet
+    runs = read_sweep(["main"], str(tmp_path))
+    assert [run["run"] for run in runs] == ["success-seed0", "prm-alpha1-seed1"]
+    assert runs[1]["options"]["seed"] == 1 and runs[1]["rows"][-1]["greedy_accuracy"] == 0.5
+    assert runs[1]["folder"] == str(tmp_path / "prm-alpha1-seed1")
+    assert "4 of 6 runs are not done: python train.py --sweep main makes them" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("other", [{"lr": 0.2}, {"labels": "soft"}])
+def test_runs_that_differ_in_another_option_share_no_table(other, tmp_path, main_sweep):
+    swept(tmp_path / "prm-alpha1-seed0")
+    swept(tmp_path / "prm-alpha1-seed1", seed=1, prepare_seed=1, **other)
+    with pytest.raises(UserError, match=f"prm-alpha1-seed1 and prm-alpha1-seed0 differ in {[*other][0]}: they cannot share"):
+        read_sweep(["main"], str(tmp_path))
+    (tmp_path / "prm-alpha1-seed1" / "model").rmdir()
+    assert len(read_sweep(["main"], str(tmp_path))) == 1
+
+
+def test_an_option_that_only_the_first_run_has_is_a_difference_too(tmp_path, main_sweep):
+    swept(tmp_path / "prm-alpha1-seed0", labels="soft")
+    swept(tmp_path / "prm-alpha1-seed1", seed=1, prepare_seed=1)
+    with pytest.raises(UserError, match="differ in labels"):
+        read_sweep(["main"], str(tmp_path))

@@ -90,6 +90,95 @@ def test_hard_labels_stop_at_the_first_right_completion_unless_audited(scripted,
         assert a["outcomes"] == ([[False, True, True], []] if audit else [[False, True], []])
 
 
+@pytest.fixture
+def demonstrations(monkeypatch):
+    """A policy that answers with demonstrations, of which some have a wrong line and some end too early; and a completer
+    that must not be asked. Gives the rows that are labelled with these options."""
+
+    def play(model, prompts, n, **_):
+        assert model == "policy" or not prompts
+        return [[solution(TOKENIZER.decode(prompt), j) for j in range(n)] for prompt in prompts]
+
+    def solution(question: str, j: int) -> Sample:
+        text, kind = toy_solution(question, random.Random(f"{question} {j}"), repeat=0.3), random.Random(question).random()
+        text = text if kind < 0.5 else text.replace("=", "=9", 1)
+        return Sample(0, script(text)[:20], True) if kind > 0.8 else Sample(0, script(text) + [1], False)
+
+    def labels(path, problems=None, **more) -> list[dict]:
+        problems = problems or toy_problems("train", 150)
+        exact = {"labels": "oracle", "problems": len(problems), "max_new_tokens": 128}
+        options = LabelOptions(**{**vars(OPTIONS), **exact, **more})
+        make_labels("policy", "completer", TOKENIZER, problems, options, path)
+        return read_labels(str(path))
+
+    monkeypatch.setattr(prm, "rollout", play)
+    monkeypatch.setattr(prm, "as_sampler", lambda model: model)
+    monkeypatch.setattr(prm, "eos_ids", lambda *_: [1])
+    return labels
+
+
+def test_exact_labels_are_the_oracles_and_cost_no_completions(demonstrations, tmp_path):
+    rows = demonstrations(tmp_path / "l.jsonl")
+    assert len(rows) == 300 and 20 < sum(row["truncated"] for row in rows) < 150
+    for row in rows:
+        exact = oracle(row["question"], row["response"])
+        assert row["labels"] == exact[: len(row["cuts"])] and len(exact) - len(row["cuts"]) in (0, row["truncated"])
+        assert row["outcomes"] == [[]] * len(row["cuts"])
+        assert row["correct"] != row["truncated"]  # the answers are right, whatever the lines
+    assert 0.2 < sum(sum(row["labels"]) for row in rows) / sum(len(row["labels"]) for row in rows) < 0.9
+
+
+def test_exact_labels_of_sums(tmp_path, monkeypatch):
+    tok, problems = toy_tokenizer("sums"), toy_problems("train", 5, world="sums")
+    options = LabelOptions(**{**vars(OPTIONS), "labels": "oracle", "samples": 1})
+    texts = [toy_solution(p.question, random.Random(0)) for p in problems]
+    play = lambda model, prompts, n, **_: [[Sample(i, tok.encode(texts[i]) + [1], False)] for i in range(len(prompts))]
+    monkeypatch.setattr(prm, "rollout", play)
+    monkeypatch.setattr(prm, "as_sampler", lambda model: model)
+    monkeypatch.setattr(prm, "eos_ids", lambda *_: [1])
+    make_labels("policy", "policy", tok, problems, options, tmp_path / "l.jsonl")
+    rows = read_labels(str(tmp_path / "l.jsonl"))
+    assert [row["labels"] for row in rows] == [[1.0] * len(text.split("\n")) for text in texts]
+    assert all(row["correct"] for row in rows)
+
+
+def test_exact_labels_are_refused_where_nobody_knows_them(demonstrations, tmp_path):
+    with pytest.raises(UserError, match="--labels oracle: only of the embedded worlds"):
+        demonstrations(tmp_path / "l.jsonl", [*toy_problems("train", 3), Problem("What is 1+1?", "2")])
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_share_of_the_labels_is_turned_around_the_same_ones_each_time(demonstrations, tmp_path):
+    labelled = lambda name, **more: [y for row in demonstrations(tmp_path / name, **more) for y in row["labels"]]
+    labels = labelled("0")
+    turned = {flip: [x != y for x, y in zip(labels, labelled(f"{flip}", flip=flip))] for flip in (0.1, 0.3, 1.0)}
+    assert len(labels) > 1000 and all(turned[1.0]) and set(labels) == {0.0, 1.0}
+    for flip in (0.1, 0.3):
+        for kind in (0.0, 1.0):  # good and bad ones alike
+            found = [t for t, y in zip(turned[flip], labels) if y == kind]
+            assert sum(found) / len(found) == pytest.approx(flip, abs=4 * (flip * (1 - flip) / len(found)) ** 0.5)
+    assert all(more or not less for less, more in zip(turned[0.1], turned[0.3]))  # more noise turns more of the same
+    (tmp_path / "again").mkdir()
+    assert labelled("again/0.3", flip=0.3) == labelled("0.3", flip=0.3)
+    assert labelled("other", flip=0.3, seed=2) != labelled("0.3", flip=0.3)
+    with pytest.raises(UserError, match="flip 0.3 -> 0.1"):
+        labelled("0.3", flip=0.1)
+
+
+def test_soft_labels_are_turned_around_to_what_is_left_to_1(scripted, tmp_path):
+    scripted.solutions = [(script("b41+5=46\n####46") + [1], False)]
+    options = LabelOptions(**{**vars(OPTIONS), "flip": 1.0, "samples": 1})
+    make_labels("policy", "completer", TOKENIZER, [Problem("41b+5=", "46")], options, tmp_path / "l.jsonl")
+    (row,) = read_labels(str(tmp_path / "l.jsonl"))
+    assert row["labels"] == pytest.approx([1 / 3, 0.0]) and row["correct"]
+
+
+@pytest.mark.parametrize("flip", [-0.1, 1.1, float("nan")])
+def test_a_share_that_is_none_is_refused(flip):
+    with pytest.raises(UserError, match="--flip is a share"):
+        LabelOptions(flip=flip)
+
+
 def test_equal_prefixes_are_completed_once(scripted, tmp_path):
     right = script("b41+5=46\n####46") + [1]
     scripted.solutions = [(right, False), (right, False), (script("b41+5=46\n####47") + [1], False)]
@@ -121,7 +210,7 @@ def test_labels_of_a_run_that_was_killed_ten_times_are_those_of_one_that_was_not
         if not child:
             make_labels(tiny, tiny, TOKENIZER, problems, options, cut)
             os._exit(0)
-        time.sleep(rng.random() * took / 3 if kills < 10 else 0)
+        time.sleep(rng.random() * took / 12 if kills < 10 else 0)
         if kills < 10:
             os.kill(child, signal.SIGKILL)
         killed = os.waitpid(child, 0)[1] == signal.SIGKILL

@@ -1,4 +1,4 @@
-"""The six rewards: numbers worked out by hand, the paper's formulas taken literally, and the bounds they promise."""
+"""The ten rewards: numbers worked out by hand, the paper's formulas taken literally, and the bounds they promise."""
 
 import doctest
 import random
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import rewards
-from rewards import PROCESS, refine, token_rewards
+from rewards import BASELINES, PROCESS, min_form, refine, token_rewards
 
 BY_HAND = {  # step scores s for K = 0, 1, 2, 3, 5, and r of each reward at eta = 0.5
     (): {"prm": (), "clip": (), "delta": (), "clip-delta": ()},
@@ -26,6 +26,30 @@ BY_HAND = {  # step scores s for K = 0, 1, 2, 3, 5, and r of each reward at eta 
         "clip-delta": (0.2, -0.15, 0.2, -0.25, 0.0),
     },
 }
+BASELINES_BY_HAND = {  # of min: x = 2 s - 1, each times its share of exp(-10 x)
+    (): dict.fromkeys(BASELINES, ()),
+    (0.3,): {"progress": (0.0,), "min": (-0.4,), "normed": (0.3,), "penalty": (-0.2,)},
+    (0.2, 0.9): {
+        "progress": (0.2, -0.2),
+        "min": (-0.6, 0.0000007),  # 0.8 e^-14
+        "normed": (0.1, 0.45),
+        "penalty": (-0.3, 0.4),
+    },
+    (0.4, 0.7, 0.1): {
+        "progress": (0.4, 0.3, -0.7),  # the last step's score is 0: back to where it began
+        "min": (-0.0004945, 0.0000025, -0.798017),  # -0.2, 0.4 and -0.8 by e^-6, e^-12 and 1, over their sum 1.0024849
+        "normed": (0.1333333, 0.2333333, 0.0333333),
+        "penalty": (-0.1, 0.2, -0.4),
+    },
+    (0.8, 0.3, 0.45, 0.25, 0.6): {
+        "progress": (0.8, -0.5, 0.15, -0.2, -0.25),
+        "min": (0.0000072, -0.1060841, -0.0013204, -0.3604581, 0.0001315),  # by e^-11, e^-1, e^-4, 1, e^-7
+        "normed": (0.16, 0.06, 0.09, 0.05, 0.12),
+        "penalty": (0.3, -0.2, -0.05, -0.25, 0.1),
+    },
+}
+for example, found in BASELINES_BY_HAND.items():
+    BY_HAND[example] |= found
 
 
 def refine_one(name, scores, eta=0.5):
@@ -52,13 +76,13 @@ def returns_to_go(r):
 # ------------------------------------------------------------------------------------------------ refine
 
 
-@pytest.mark.parametrize("name", PROCESS)
+@pytest.mark.parametrize("name", PROCESS + BASELINES)
 def test_every_reward_at_every_K_is_as_by_hand(name):
     for scores, expected in BY_HAND.items():
         assert refine_one(name, scores) == pytest.approx(expected[name], abs=1e-6)
 
 
-@pytest.mark.parametrize("name", PROCESS)
+@pytest.mark.parametrize("name", PROCESS + BASELINES)
 def test_a_padded_row_equals_the_row_alone_and_padding_earns_nothing(name):
     rows = list(BY_HAND)
     scores, mask = pad(rows, junk=float("nan"))
@@ -66,6 +90,13 @@ def test_a_padded_row_equals_the_row_alone_and_padding_earns_nothing(name):
     assert r.shape == (5, 5) and (r[~mask] == 0).all()
     for i, row in enumerate(rows):
         assert r[i, : len(row)].tolist() == refine_one(name, row)
+
+
+@pytest.mark.parametrize("name", PROCESS + BASELINES)
+def test_a_batch_in_which_no_row_has_a_step_earns_nothing(name):
+    for K in (0, 3):
+        r = refine(name, torch.full((2, K), float("nan")), torch.zeros(2, K, dtype=torch.bool))
+        assert torch.equal(r, torch.zeros(2, K))
 
 
 def paper(name, scores, eta):
@@ -114,6 +145,55 @@ def test_bounds_and_telescoping_hold_for_random_scores():
         assert all(-eta <= g <= 0 for g in G["clip-delta"])
 
 
+def test_what_the_baselines_promise_holds_for_random_scores():
+    rng = random.Random(3)
+    for scores in ragged(rng, B=300, longest=12):
+        K, eta = len(scores), rng.randrange(1, 64) / 64
+        r = {name: refine_one(name, scores, eta) for name in BASELINES}
+        assert returns_to_go(r["progress"]) == [0][:K] + [-s for s in scores[:-1]]  # the docstring's: the past alone
+        assert sum(r["progress"]) == 0
+        assert sum(r["normed"]) == pytest.approx(sum(scores) / max(K, 1))
+        assert returns_to_go(r["penalty"]) == [sum(s - eta for s in scores[k:]) for k in range(K)]
+        x = [2 * s - 1 for s in scores] or [0]
+        assert min(x) - 1e-6 <= sum(r["min"]) <= max(x) + 1e-6
+
+
+def test_min_goes_from_the_mean_to_the_least_score_as_its_temperature_falls():
+    rng = random.Random(4)
+    for scores in ragged(rng, B=50):
+        given, x = (torch.tensor([scores]), torch.ones(1, len(scores)).bool()), [2 * s - 1 for s in scores] or [0]
+        sums = [min_form(*given, temperature).sum().item() for temperature in (1e6, 1, 0.1, 0.01, 0.001)]
+        assert sums[0] == pytest.approx(sum(x) / len(x), abs=1e-4) and sums[-1] == pytest.approx(min(x), abs=1e-6)
+        assert all(warm >= cold - 1e-6 for warm, cold in zip(sums, sums[1:]))
+        assert sums[2] == pytest.approx(sum(refine_one("min", scores)), abs=1e-6)  # 0.1 is the one in use
+
+
+def test_one_more_step_before_the_last_never_pays_under_clip_delta_and_up_to_its_score_under_delta():
+    rng = random.Random(5)
+    for scores in ragged(rng, B=300, longest=12):
+        if not scores:
+            continue
+        K, new, eta = len(scores), rng.randrange(1, 64) / 64, rng.randrange(1, 64) / 64
+        for name, gain in (("clip-delta", min(new - eta, 0)), ("delta", new)):
+            before, after = (
+                returns_to_go(refine_one(name, s, eta)) for s in (scores, [*scores[:-1], new, scores[-1]])
+            )
+            assert after.pop(K - 1) == gain and after == before  # the new step's own; all others are as they were
+
+
+def test_what_repeating_a_step_pays():
+    scores, eta = [0.625, 0.875, 0.375, 0.75], 0.5
+    repeated = lambda k, m: scores[:k] + [scores[k]] * m + scores[k:]
+    sums = lambda name, k: [sum(refine_one(name, repeated(k, m), eta)) for m in range(11)]
+    for k, s in enumerate(scores):
+        assert sums("prm", k) == [2.625 + m * s for m in range(11)]  # without end
+        assert sums("clip", k) == [-0.125 + m * min(s - eta, 0) for m in range(11)]  # nothing, where s > eta
+        assert sums("penalty", k) == [0.625 + m * (s - eta) for m in range(11)]
+        assert set(sums("delta", k)) == {0.625} and set(sums("clip-delta", k)) == {0} == set(sums("progress", k))
+        assert sums("normed", k) == pytest.approx([(2.625 + m * s) / (4 + m) for m in range(11)])
+    assert sums("min", 1) == pytest.approx([-0.25] * 11, abs=0.005)  # a step that is not the least: next to nothing
+
+
 def test_only_the_sum_of_prm_grows_with_the_number_of_good_steps():
     sums = {name: [sum(refine_one(name, [0.875] * K)) for K in range(2, 41)] for name in PROCESS}
     assert sums.pop("prm") == [0.875 * K for K in range(2, 41)]  # 35 at last
@@ -129,7 +209,7 @@ def test_bf16_scores_are_refined_in_float32():
     r = refine("delta", scores, mask)
     assert r.dtype == torch.float32
     assert r[0, 0].item() == 0.99609375 - 2**-13  # bf16 would round it to 0.99609375
-    for name in PROCESS:
+    for name in PROCESS + BASELINES:
         assert torch.equal(refine(name, scores, mask, 0.3), refine(name, scores.float(), mask, 0.3))
 
 
@@ -141,9 +221,9 @@ def test_a_name_that_is_no_process_reward_is_refused(name):
 
 def test_the_example_of_the_docstring_is_right():
     assert doctest.testmod(rewards) == (0, 2)  # none of two failed
-    for name in PROCESS:  # the table: r_1 .. r_4 and their sum
+    for name in PROCESS + BASELINES:  # the tables: r_1 .. r_4 and their sum, rounded where need be
         *r, total = map(float, next(x for x in map(str.split, rewards.__doc__.splitlines()) if x[:1] == [name])[1:6])
-        assert refine_one(name, [0.9, 0.8, 0.3, 0.6]) == pytest.approx(r, abs=1e-6)
+        assert refine_one(name, [0.9, 0.8, 0.3, 0.6]) == pytest.approx(r, abs=1e-6 if name in PROCESS else 0.051)
         assert sum(r) == pytest.approx(total)
 
 

@@ -1,6 +1,8 @@
 """train.py as a user meets it: options, errors, the loop, resume, several processes."""
 
 import json
+import os
+import subprocess
 import sys
 import tempfile
 from importlib.machinery import ModuleSpec
@@ -96,6 +98,9 @@ def test_alpha_has_one_default_for_every_learned_reward_and_is_overridden_by_han
         ("--reward delta --eta 0.3", "delta has none"),
         ("--data gsm8k", "needs a --model"),
         ("--resume", "--name"),
+        ("--workers 2", "how many runs of a --sweep"),
+        ("--sweep reward=prm --workers -1", "--workers must be at least 0"),
+        ("--flip-labels 1.5", "--flip-labels is a share"),
         ("--minibatches 1000", "more than"),
         ("--top-p 0", "--top-p"),
         ("--temperature 0", "--temperature must be at least"),
@@ -391,3 +396,179 @@ def test_bfloat16_forward_keeps_float32_weights_and_the_first_ratio(tmp_path, ti
         model.gpus.cache_clear()
     assert all(row["max_ratio_error_first"] == 0 for row in metrics(folder)[1:])
     assert AutoModelForCausalLM.from_pretrained(folder / "model", dtype="auto").dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------------------------ many runs
+
+
+class Forked:
+    """In place of Popen: main() in a fork of this process, which has imported all that it takes seconds to import."""
+
+    def __init__(self, call, stdout, stderr, **_):
+        assert call[:2] == [sys.executable, train.__file__] and stdout is stderr
+        self.pid, self.code = os.fork(), None
+        if not self.pid:
+            sys.argv, sys.stdout, sys.stderr, code = call[1:], stdout, stderr, 0
+            try:
+                data.run_script(train.main)
+            except BaseException as error:
+                code = error.code if isinstance(error, SystemExit) else 1
+            stdout.flush()
+            os._exit(code)
+
+    def poll(self):
+        pid, status = os.waitpid(self.pid, os.WNOHANG) if self.code is None else (0, 0)
+        self.code = os.waitstatus_to_exitcode(status) if pid else self.code
+        return self.code
+
+
+def sweep(*argv: str):
+    train.sweep(train.parse([*argv])[0], [*argv])
+
+
+def test_a_sweep_makes_each_run_once_and_names_those_that_fail(tmp_path, tiny, monkeypatch, capsys):
+    begun, real = [], subprocess.Popen
+
+    def start(call, **more):  # one of them as a user's would be
+        begun.append(call[call.index("--name") + 1])
+        return (real if begun[-1].endswith("24-seed1") else Forked)(call, **more)
+
+    monkeypatch.setattr(train, "subprocess", SimpleNamespace(Popen=start))
+    runs, cut = tmp_path / "runs", ["--max-new-tokens", "8", "--iterations", "2", "--eval-every", "0", "--workers", "2"]
+    argv = [*SMALL, "--model", tiny, "--reward", "success", *cut, "--runs-dir", str(runs), "--sweep", "seed=0,1"]
+    names = [f"max_new_tokens{length}-seed{seed}" for seed in (0, 1) for length in (300, 24)]
+    failed = f"2 of 4 runs failed: {names[0]}, {names[2]}; the first says: train.py: .* positions"
+    with pytest.raises(UserError, match=failed):
+        sweep(*argv, "max_new_tokens=300,24")
+    assert begun == names and not any((runs / name / "model").exists() for name in (names[0], names[2]))
+    for seed, name in enumerate((names[1], names[3])):
+        config = json.loads((runs / name / "config.json").read_text())
+        assert [config[k] for k in ("seed", "max_new_tokens", "name", "threads")] == [seed, 24, name, 1]
+        assert [row["iteration"] for row in metrics(runs / name)] == [0, 1, 2] and (runs / name / "model").is_dir()
+        assert "PPO, reward success" in (runs / f"{name}.log").read_text()
+    assert metrics(runs / names[1])[1] != metrics(runs / names[3])[1]
+
+    monkeypatch.setattr(train, "subprocess", SimpleNamespace(Popen=lambda *_, **__: pytest.fail("all is done")))
+    files = lambda: {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    before = files()
+    capsys.readouterr()
+    sweep(*argv, "max_new_tokens=24")
+    assert f"2 runs in {runs}: {names[1]} {names[3]}" in capsys.readouterr().out and files() == before
+
+
+def test_a_sweep_with_other_options_does_not_take_the_runs_for_its_own(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(train, "subprocess", SimpleNamespace(Popen=lambda *_, **__: pytest.fail("it is done")))
+    argv = [*SMALL, "--model", tiny, "--reward", "success", "--runs-dir", str(tmp_path), "--iterations", "1"]
+    run(*argv, "--name", "seed0")
+    sweep(*argv, "--sweep", "seed=0")
+    with pytest.raises(UserError, match="seed0 was started with other options .beta 0.02 -> 0.5."):
+        sweep(*argv, "--sweep", "seed=0", "--beta", "0.5")
+
+
+def test_a_sweep_goes_on_with_a_run_that_was_interrupted_and_with_more_iterations(tmp_path, tiny, monkeypatch):
+    argv = [*SMALL, "--model", tiny, "--reward", "success", "--eval-every", "0", "--save-every", "1", "--workers", "1"]
+    argv += ["--runs-dir", str(tmp_path), "--sweep", "seed=3", "--iterations"]
+    monkeypatch.setattr(train, "subprocess", SimpleNamespace(Popen=Forked))
+    sweep(*argv, "1")
+    before = metrics(tmp_path / "seed3")
+    assert len(before) == 2
+    with open(tmp_path / "seed3" / "metrics.jsonl", "a") as file:
+        file.write('{"iteration": 2, "half')
+    sweep(*argv, "2")
+    after = metrics(tmp_path / "seed3")
+    assert [row["iteration"] for row in after] == [0, 1, 2] and after[:2] == before
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("reward=prm,nonsense", "invalid choice: 'nonsense'"),
+        ("seed=0,x", "invalid int value: 'x'"),
+        ("temperature=1,0", "--temperature must be at least"),
+        ("nothing=1", "--sweep nothing=...:"),
+        ("=1", "--sweep"),
+        ("seed", "give OPTION=VALUE,VALUE"),
+        ("alpha=", "give OPTION=VALUE,VALUE"),
+        ("main nonsense", "there is none of that name, choose main"),
+        ("reward=prm alpha=1 --reward", "expected one argument"),
+        ("reward=success,prm --alpha 1", "which --reward success has not"),
+        ("reward=prm,clip eta=0.3", "prm has none"),
+        ("name=a,b", "--sweep name"),
+        ("runs_dir=a,b", "--sweep runs_dir"),
+        ("sweep=main", "--sweep sweep"),
+    ],
+)
+def test_wrong_values_of_a_sweep_are_told_before_the_first_run(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "subprocess", SimpleNamespace(Popen=lambda *_, **__: pytest.fail("a run has begun")))
+    argv = ["--preset", "toy", "--runs-dir", str(tmp_path / "runs"), "--sweep", *words.split()]
+    assert message in fails(monkeypatch, capsys, *argv)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_option_that_fits_each_run_of_a_sweep_need_not_fit_the_default_reward(tmp_path, monkeypatch):
+    begun = []
+
+    class Done:
+        poll = lambda self: 0
+        __init__ = lambda self, call, **_: begun.append(call)
+
+    monkeypatch.setattr(train, "subprocess", SimpleNamespace(Popen=Done))
+    sweep("--preset", "toy", "--runs-dir", str(tmp_path), "--eta", "0.3", "--sweep", "reward=clip,clip-delta")
+    assert len(begun) == 2
+
+
+def test_a_value_with_a_slash_is_no_folder_in_a_runs_name(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(train, "subprocess", SimpleNamespace(Popen=Forked))
+    argv = [*SMALL, "--model", tiny, "--reward", "success", "--iterations", "1", "--runs-dir", str(tmp_path / "runs")]
+    sweep(*argv, "--workers", "1", "--sweep", f"data={PROBLEMS}")
+    assert len([*(tmp_path / "runs").glob("*/model")]) == 1
+
+
+# ------------------------------------------------------------------------------------------------ what an ORM says
+
+
+def finished(correct: bool, steps: int = 4, repeats: int = 0, truncated: bool = False) -> dict:
+    return dict(correct=correct, steps=steps, repeats=repeats, truncated=truncated)
+
+
+def test_what_an_orm_says_of_right_and_wrong_answers_is_as_by_hand():
+    answers = [*map(finished, (True, True, False, False)), finished(False, 50, 9, truncated=True)]
+    found = train.outcome_metrics(torch.tensor([0.9, 0.7, 0.2, 0.4, 99.0]), answers)
+    # about their mean, 0.55, the squares are 0.29; about the means 0.8 and 0.3 they are 0.04
+    expected = {"outcome_right": 0.8, "outcome_wrong": 0.3}
+    expected |= {"outcome_explained_by_correct": 1 - 0.04 / 0.29, "outcome_explained_by_more": 1 - 0.04 / 0.29}
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_variance_explained_is_that_of_least_squares():
+    generator = torch.Generator().manual_seed(0)
+    correct, steps, repeats = (torch.randint(0, n, (60,), generator=generator).double() for n in (2, 9, 4))
+    noise = torch.randn(60, generator=generator, dtype=torch.float64)
+    answers = [finished(bool(c), int(s), int(r)) for c, s, r in zip(correct, steps, repeats)]
+    by = lambda y: [train.outcome_metrics(y, answers)[f"outcome_explained_by_{what}"] for what in ("correct", "more")]
+    y = 0.5 + 0.3 * correct - 0.05 * steps + 0.1 * noise
+    r2 = []
+    for columns in ([correct], [correct, steps, repeats]):
+        x = torch.stack([torch.ones(60), *columns], 1)
+        y_hat = x @ torch.linalg.solve(x.T @ x, x.T @ y)
+        r2.append(1 - ((y - y_hat) ** 2).sum() / ((y - y.mean()) ** 2).sum())
+    assert by(y) == pytest.approx([x.item() for x in r2], abs=1e-9) and r2[0] + 0.05 < r2[1]
+    assert by(0.2 + 0.6 * correct) == pytest.approx([1, 1])
+    assert by(0.2 + 0.6 * correct - 0.03 * steps + 0.01 * repeats)[1] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "outcomes, answers, known",
+    [
+        ([0.9, 0.7], [finished(True)] * 2, {"outcome_right": 0.8, "outcome_explained_by_correct": 0}),
+        ([0.9, 0.7], [finished(False)] * 2, {"outcome_wrong": 0.8, "outcome_explained_by_correct": 0}),
+        ([0.9, 0.9], [finished(True), finished(False)], {"outcome_right": 0.9, "outcome_wrong": 0.9}),
+        ([0.9], [finished(True)], {"outcome_right": 0.9}),
+        ([0.9, 0.3], [finished(False, truncated=True)] * 2, {}),
+        ([], [], {}),
+    ],
+)
+def test_where_there_is_nothing_to_explain_or_no_answer_of_a_kind_it_is_nan(outcomes, answers, known):
+    found = train.outcome_metrics(torch.tensor(outcomes), answers)
+    known |= {"outcome_explained_by_more": 0} if "outcome_explained_by_correct" in known else {}
+    assert {k: v for k, v in found.items() if v == v} == pytest.approx(known, abs=1e-6) and len(found) == 4
