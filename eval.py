@@ -712,8 +712,9 @@ def claim_best_of_n(o: "Options", device) -> dict:
         used += [run, *other]
         c, out = run["options"], Path(o.runs_dir, "eval", f"best-of-16-seed{seed_of(run)}")
         each = Options(
-            model=c["policy"], prm=c["reward_model"], orm=other[0]["options"]["reward_model"], data=c["data"], problems=500,
-            samples=16, prompt=c["prompt"], max_new_tokens=c["max_new_tokens"], slots=c["slots"], out=str(out),
+            model=c["policy"], prm=c["reward_model"], orm=other[0]["options"]["reward_model"], data=c["data"],
+            problems=o.problems or 500, samples=16, prompt=c["prompt"], max_new_tokens=c["max_new_tokens"],
+            slots=c["slots"], out=str(out),
         )  # fmt: skip
         with redirect_stdout(StringIO()):
             evaluate_model(each, ("", ""), 0, 1, device)
@@ -728,7 +729,7 @@ def claim_best_of_n(o: "Options", device) -> dict:
             measure = f"{how} of 16 by {way}"
             rows.append([measure, values[measure], gain(measure, "pass@1"), gain(measure, "majority of 16")])
     rows.append(["pass@16", values["pass@16"], gain("pass@16", "pass@1"), gain("pass@16", "majority of 16")])
-    heads = [f"%, {len(quality)} seeds, 500 problems each", "accuracy", "above pass@1", "above majority"]
+    heads = [f"%, {len(quality)} seeds, {o.problems or 500} problems each", "accuracy", "above pass@1", "above majority"]
     judged = [["PRM: steps, against the oracle", [q["auroc_oracle"] for q, _ in quality]],
               ["PRM: steps, against Monte-Carlo labels", [q["auroc"] for q, _ in quality]],
               ["ORM: answers, against Correct", [q["auroc"] for _, q in quality]]]  # fmt: skip
@@ -810,7 +811,7 @@ class Options(TextOptions):
     runs_dir: str = option("runs", "with --claim: where the runs are")
     figure: str = option("", "with --runs: write the curves to this file (png, pdf, svg)")
     data: str = option("", "problems: toy, gsm8k, math, math-500, files, NAME,NAME; empty: the run's evaluation problems")
-    problems: int = option(0, "how many problems of each set at most; 0: all, and 1000 of the embedded world's")
+    problems: int = option(0, "how many of each set at most; 0: all, 1000 of an embedded world, 500 for --claim best-of-n")
     samples: int = option(1, "sampled answers per problem, n; above 1 also pass@k, votes, best-of-n")
     prm: str = option("", "a PRM, by folder or hub name: best-of-n and weighted votes by it")
     prm_format: str = option("", "how a published --prm reads, where its name does not say", choices=["", *FORMATS])

@@ -461,3 +461,89 @@ def test_an_option_that_only_the_first_run_has_is_a_difference_too(tmp_path, mai
     swept(tmp_path / "prm-alpha1-seed1", seed=1, prepare_seed=1)
     with pytest.raises(UserError, match="differ in labels"):
         read_sweep(["main"], str(tmp_path))
+
+
+def claim_sweep(folder, monkeypatch, reward_model=""):
+    """Two seeds of success, orm, prm and delta, three iterations each, with numbers that tell seed and iteration."""
+    grid = "reward=success,orm,prm,delta alpha=0.5 seed+prepare_seed=0,1"
+    for name in SWEEPS:
+        monkeypatch.setitem(SWEEPS, name, [grid + (" preset=sums" if name == "sums" else "")])
+    monkeypatch.setitem(SWEEPS, "labels", ["reward=prm labels=oracle alpha=0.5 seed+prepare_seed=0,1"])
+    runs = {name: run for sweep in ("main", "labels", "sums") for name, run in combinations([sweep]).items()}
+    for name, run in runs.items():
+        seed, path = int(run["seed"]), folder / name
+        (path / "model").mkdir(parents=True)
+        options = dict(reward=run["reward"], alpha=float(run.get("alpha", 0)), seed=seed, prepare_seed=seed, name=name)
+        options |= dict(preset=run.get("preset", "toy"), labels=run.get("labels", "hard"), flip_labels=0.0, eta=0.5)
+        options |= dict(policy=str(folder / "policy"), reward_model=reward_model, commit="abc", iterations=3)
+        options |= dict(data="toy", prompt="{question}", max_new_tokens=24, slots=64)
+        (path / "config.json").write_text(json.dumps(options))
+        level = {"success": 0.6, "orm": 0.6, "prm": 0.1, "delta": 0.5}[run["reward"]] + 0.1 * seed
+        rows = [dict(iteration=0, greedy_accuracy=0.5, sampled_accuracy=0.4, sampled_steps=5.0, sampled_repeats=0.2)]
+        for i in (1, 2, 3):
+            row = {"iteration": i, "success": level, "steps": 5 + i, "process_reward": float(i), "nonzero": 0.25 * i}
+            row |= {"good_steps": 0.9, "outcome_right": 0.8, "outcome_wrong": 0.3, "outcome_explained_by_correct": 0.7}
+            row["outcome_explained_by_more"] = 0.75
+            if i == 3:
+                row |= {"greedy_accuracy": level, "sampled_accuracy": level, "sampled_steps": 8.0, "sampled_repeats": 2.0}
+            rows.append(row)
+        (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        answer = {"iteration": 3, "question": "41b+5=", "response": "b41+5=46\n####46", "gold": "46", "cuts": [9, 15]}
+        answer |= {"scores": [0.75, 0.5], "refined": [0.75, 0.5], "repeats": 0, "verdict": "match"}
+        (path / "samples.jsonl").write_text(json.dumps(answer) + "\n")
+    return folder
+
+
+def claim(monkeypatch, runs, name, *more):
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--claim", name, "--runs-dir", str(runs), *more])
+    evaluation.main()
+    return json.loads((runs / "claims" / f"{name}.json").read_text())
+
+
+def column(table, head):
+    return {row[0]: row[table["heads"].index(head)] for row in table["rows"]}
+
+
+def test_the_claims_over_metrics_give_each_runs_values_and_their_differences_by_seed(tmp_path, monkeypatch, capsys):
+    runs = claim_sweep(tmp_path / "runs", monkeypatch)
+    found = claim(monkeypatch, runs, "main")
+    table = found["tables"][0]
+    assert column(table, "sampled %")["before"] == [40, 40] and column(table, "seeds")["prm"] == "2"
+    assert column(table, "greedy %")["prm"] == pytest.approx([10, 20])
+    assert column(table, "sampled, against success, %")["prm"] == pytest.approx([-50, -50])  # what the seeds share cancels
+    assert column(table, "the paper's greedy / sampled %")["prm"] == "11.16 / 14.68"
+    assert found["curves"]["steps"]["delta"] == [[6, 7, 8]] * 2 and found["runs"][0]["commit"] == "abc"
+    assert [line.split() for line in found["texts"][0].splitlines()[2:4]] == [
+        ["b41+5=46", "0.75", "1.25"], ["####46", "0.50", "0.50"]]  # fmt: skip
+    assert render(table) in capsys.readouterr().out and (runs / "claims" / "hacking.png").stat().st_size > 10_000
+
+    table = claim(monkeypatch, runs, "orm")["tables"][0]
+    assert table["rows"] == [["1", "2", [0.6, 0.7], [0.8] * 2, [0.3] * 2, [0.7] * 2, [0.75] * 2]]  # of three
+    accuracy, steps = claim(monkeypatch, runs, "map")["tables"]
+    assert column(accuracy, "alpha 0.5")["delta"] == pytest.approx([50, 60]) and column(steps, "alpha 0.5")["prm"] == [8, 8]
+    assert (runs / "claims" / "map.png").stat().st_size > 10_000
+    table = claim(monkeypatch, runs, "dense")["tables"][0]
+    assert column(table, "iteration 1") == {"prm": [25, 25], "delta": [25, 25]}
+    assert {row[2] for row in claim(monkeypatch, runs, "sums")["tables"][0]["rows"][2:]} == {"2"}
+
+
+def test_the_claims_over_reward_models_run_them(tmp_path, monkeypatch):
+    runs, policy, judge = tmp_path / "runs", toy_model(TOKENIZER, 0, hidden=16, layers=1, heads=2), tmp_path / "judge"
+    claim_sweep(runs, monkeypatch, str(judge))
+    policy.save_pretrained(runs / "policy")
+    TOKENIZER.save_pretrained(runs / "policy")
+    ScalarModel(policy).save(TOKENIZER, judge)  # whose head is zero: it scores everything 0.5
+    (judge / "quality.json").write_text('{"auroc": 0.8, "auroc_oracle": 0.9}')
+    best, judged = claim(monkeypatch, runs, "best-of-n", "--problems", "6")["tables"]
+    assert column(best, "accuracy")["pass@1"] == column(best, "accuracy")["best of 16 by ORM"] == [0, 0]  # it knows nothing
+    assert column(judged, "mean")["PRM: steps, against the oracle"] == [0.9, 0.9]
+    assert column(claim(monkeypatch, runs, "labels")["tables"][0], "step AUROC against the oracle")["exact"] == [0.9, 0.9]
+
+    monkeypatch.setattr(evaluation, "load_problems", lambda *_: load_problems("toy", "test", 5))
+    sums, last, *_ = claim(monkeypatch, runs, "repeats")["tables"]
+    paid, one = column(sums, "m = 10"), column(last, "m = 10")
+    assert paid["prm"][0] - column(sums, "m = 0")["prm"][0] == pytest.approx(5)  # ten more steps at 0.5
+    assert paid["delta"] == pytest.approx([0.5, 0.5]) and one["delta"] == pytest.approx([0.5, 0.5])
+    assert paid["clip"] == paid["clip-delta"] == one["clip-delta"] == [0, 0]
+    assert paid["progress"] == pytest.approx([0, 0], abs=1e-6) and one["progress"] == pytest.approx([-0.5, -0.5])
+    assert paid["normed"] == pytest.approx([0.5, 0.5]) and paid["penalty"] == pytest.approx([0, 0])
