@@ -468,8 +468,9 @@ SWEEPS = {  # the runs behind the README's claims, which `python train.py --swee
     "main": [f"{SIX} alpha=0.5 {FIVE}"],
     "labels": [f"reward=prm labels=oracle alpha=0.5 {THREE}", f"reward=prm flip_labels=0.1,0.2,0.4 alpha=0.5 {THREE}"],
     "sums": [f"{SIX} preset=sums alpha=0.5 {THREE}"],
-    "map": [f"{THREE} reward=orm,prm,clip,delta,clip-delta,progress,min,normed,penalty alpha=0.03,0.1,0.3,0.5,1,3"],
-}
+    "map": ["seed+prepare_seed=0,1 reward=orm,prm,clip,delta,clip-delta,progress,min,normed,penalty "
+            "alpha=0.03,0.1,0.3,0.5,1,3"],
+}  # fmt: skip
 SEED = ("seed", "prepare_seed")
 MADE_OF = ("policy", "reward_model", "commit")  # which a run's config.json says, beside its options
 
@@ -511,15 +512,15 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def render(table: dict) -> str:
-    """A table of a claim in Markdown. A cell is text, or the values of the runs: their mean and interval, with one digit
-    under a head in %, else with two."""
+    """A table of a claim in Markdown. A cell is text, or the values of the runs: their mean and interval, of two runs both
+    values; with one digit under a head in %, else with two."""
 
     def cell(head: str, x) -> str:
         if isinstance(x, str) or not x:
             return x or ""
         digits = 1 if "%" in head + table["title"] else 2
-        mean, half = interval(x)
-        return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if len(x) > 1 else "")
+        shown = interval(x) if len(x) > 2 else x
+        return (" ± " if len(x) > 2 else ", ").join(f"{value:.{digits}f}" for value in shown)
 
     return markdown(table["heads"], [[cell(head, x) for head, x in zip(table["heads"], row)] for row in table["rows"]])
 
@@ -625,7 +626,7 @@ def claim_orm(o: "Options", device) -> dict:
 
 
 def claim_map(o: "Options", device) -> dict:
-    """6: every reward at every alpha."""
+    """6: every reward at every alpha; in the figure the bars are from the least to the greatest of the seeds."""
     runs, tables = read_sweep(["map", "main"], o.runs_dir), []
     alphas = sorted({run["options"]["alpha"] for run in runs} - {0.0})
     rewards = [r for r in REWARDS if of(runs, reward=r)]
@@ -639,9 +640,9 @@ def claim_map(o: "Options", device) -> dict:
     figure, axes = new_figure([*titles.values()], 2)
     for ax, table in zip(axes, tables):
         for (name, *cells), (colour, style, marker) in zip(table["rows"], LOOKS * 9):
-            points = [(alpha, *interval(x)) for alpha, x in zip(alphas, cells) if x]
-            line = dict(color=colour, linestyle=style, marker=marker, markersize=4, label=name)
-            ax.errorbar(*zip(*points), capsize=2, elinewidth=0.6, **line)
+            x, mean, low, high = zip(*((a, sum(v) / len(v), min(v), max(v)) for a, v in zip(alphas, cells) if v))
+            ax.plot(x, mean, color=colour, linestyle=style, marker=marker, markersize=4, label=name)
+            ax.vlines(x, low, high, color=colour, linewidth=0.8)
         ax.set_xscale("log")
         ax.set_xticks(alphas, [f"{alpha:g}" for alpha in alphas], minor=False)
         ax.minorticks_off()

@@ -350,7 +350,7 @@ def test_rows_of_another_form_get_one_sentence(kind, tmp_path, monkeypatch, caps
 # ------------------------------------------------------------------------------------------------ claims, over many runs
 
 
-@pytest.mark.parametrize("name, count, seeds", [("main", 30, 5), ("map", 162, 3), ("labels", 12, 3), ("sums", 18, 3)])
+@pytest.mark.parametrize("name, count, seeds", [("main", 30, 5), ("map", 108, 2), ("labels", 12, 3), ("sums", 18, 3)])
 def test_each_sweep_of_the_claims_has_its_runs_each_under_a_name_of_its_own(name, count, seeds):
     runs = combinations([name])
     assert len(runs) == count and len({json.dumps(run, sort_keys=True) for run in runs.values()}) == count
@@ -364,7 +364,7 @@ def test_each_sweep_of_the_claims_has_its_runs_each_under_a_name_of_its_own(name
 def test_sweeps_share_the_runs_that_are_the_same():
     main, grid, both = (combinations(names) for names in (["main"], ["map"], ["map", "main"]))
     shared = main.keys() & grid.keys()
-    assert len(shared) == 5 * 3 and all(main[name] == grid[name] for name in shared)  # five rewards, three seeds
+    assert len(shared) == 5 * 2 and all(main[name] == grid[name] for name in shared)  # five rewards, two seeds
     assert both == grid | main and set(SWEEPS) == {"main", "map", "labels", "sums"}
     assert not combinations(["sums"]).keys() & combinations(["main", "map", "labels"]).keys()
 
@@ -405,12 +405,12 @@ def test_the_interval_of_a_few_runs_is_students():
 
 
 def test_a_table_has_one_digit_under_a_head_in_percent_and_else_two():
-    heads, rows = ["reward", "greedy %", "steps"], [["prm", [50.0, 52.0], [5.125]], ["before", "", [1.0, 3.0]]]
+    heads, rows = ["reward", "greedy %", "steps"], [["prm", [50.0, 51.0, 52.0], [5.125]], ["before", "", [1.0, 3.0]]]
     assert render({"title": "t", "heads": heads, "rows": rows}).splitlines() == [
         "| reward | greedy % | steps |",
         "| --- | --- | --- |",
-        "| prm | 51.0 ± 12.7 | 5.12 |",
-        "| before |  | 2.00 ± 12.71 |",
+        "| prm | 51.0 ± 2.5 | 5.12 |",
+        "| before |  | 1.00, 3.00 |",
     ]
     assert render({"title": "accuracy, %", "heads": ["a"], "rows": [[[3.14159]]]}).endswith("| 3.1 |")
 
