@@ -454,9 +454,7 @@ def draw_curves(groups: dict[str, list[list[dict]]], path: str, panels: tuple[st
             if len(runs) > 1:
                 ax.fill_between(x, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
         ax.set_xlabel("iteration")
-        if "accuracy" in key or key == "success":
-            ax.set_ylim(-0.03, 1.03)
-        elif key in ("steps", "tokens", "repeats"):
+        if key in ("steps", "tokens", "repeats"):
             ax.set_ylim(bottom=0)
     save_figure(figure, axes, path)
 
@@ -519,7 +517,7 @@ def render(table: dict) -> str:
         if isinstance(x, str) or not x:
             return x or ""
         digits = 1 if "%" in head + table["title"] else 2
-        shown = interval(x) if len(x) > 2 else x
+        shown = [round(value, digits) + 0.0 for value in (interval(x) if len(x) > 2 else x)]  # + 0.0: there is a -0.0
         return (" ± " if len(x) > 2 else ", ").join(f"{value:.{digits}f}" for value in shown)
 
     return markdown(table["heads"], [[cell(head, x) for head, x in zip(table["heads"], row)] for row in table["rows"]])
@@ -566,25 +564,27 @@ def at(runs: list[dict], key: str, iteration: int, scale: float = 1.0) -> list[f
 
 
 def rewards_table(runs: list[dict], title: str, paper: bool) -> dict:
-    """Before and after training with each reward; against success by the same seed, so that what the seeds share cancels."""
-    heads = ["reward", "alpha", "seeds", "greedy %", "sampled %", "sampled, against success, %", "steps", "repeats"]
-    heads += ["process reward, first iteration", "last"] + (["the paper's greedy / sampled %"] if paper else [])
+    """Before and after training with each reward; the differences are by seed, so that what the seeds share cancels."""
+    heads = ["reward", "alpha", "seeds", "greedy %", "sampled %", "sampled, against before, %", "against success, %"]
+    heads += ["steps", "repeats", "process reward, first iteration", "last"]
+    heads += ["the paper's greedy / sampled %"] if paper else []
     success, rows = {seed_of(run): run for run in of(runs, reward="success")}, []
     cell = lambda reward: " / ".join(f"{x:.2f}" for x in PAPER["qwen2-1.5b-instruct", reward]["math"])
     base = [*success.values()]
     rows.append([
-        "before", "", str(len(base)), at(base, "greedy_accuracy", 0, 100), at(base, "sampled_accuracy", 0, 100), "",
+        "before", "", str(len(base)), at(base, "greedy_accuracy", 0, 100), at(base, "sampled_accuracy", 0, 100), "", "",
         at(base, "sampled_steps", 0), at(base, "sampled_repeats", 0), "", "", *([cell("")] if paper else []),
     ])  # fmt: skip
     for reward in REWARDS:
         for alpha in sorted({run["options"]["alpha"] for run in of(runs, reward=reward)}):
             group = of(runs, reward=reward, alpha=alpha)
+            after, before = final(group, "sampled_accuracy", 100), at(group, "sampled_accuracy", 0, 100)
             pairs = [[run, success[seed_of(run)]] for run in group if seed_of(run) in success]
             gains = [x - y for x, y in (final(pair, "sampled_accuracy", 100) for pair in pairs)]
             learned = reward != "success"
             rows.append([
                 reward, f"{alpha:g}" if learned else "", str(len(group)), final(group, "greedy_accuracy", 100),
-                final(group, "sampled_accuracy", 100), gains if learned else "", final(group, "sampled_steps"),
+                after, [x - y for x, y in zip(after, before)], gains if learned else "", final(group, "sampled_steps"),
                 final(group, "sampled_repeats"), at(group, "process_reward", 1) if learned else "",
                 final(group, "process_reward") if learned else "",
                 *([cell(reward) if ("qwen2-1.5b-instruct", reward) in PAPER else ""] if paper else []),
@@ -742,7 +742,7 @@ def claim_best_of_n(o: "Options", device) -> dict:
 def claim_repeats(o: "Options", device) -> dict:
     """11: what each reward pays, before alpha, for right answers with one step written m times more, or m empty steps before
     the answer."""
-    runs, most, tables = of(read_sweep(["main"], o.runs_dir), reward="prm"), 10, []
+    runs, most, tables, everything = of(read_sweep(["main"], o.runs_dir), reward="prm"), 10, [], {}
     for kind in ("repeated", "empty"):
         sums, last = ({name: [[] for _ in range(most + 1)] for name in PROCESS + BASELINES} for _ in range(2))
         for run in runs:
@@ -765,9 +765,11 @@ def claim_repeats(o: "Options", device) -> dict:
                     sums[name][m].append(r.sum(1)[m :: most + 1].mean().item())
                     last[name][m].append(go[torch.arange(len(rows)), places][m :: most + 1].mean().item())
         for what, by in (("sum", sums), ("return-to-go of the last one", last)):
-            heads = [f"{kind} steps: {what}", *(f"m = {m}" for m in range(most + 1))]
-            tables.append({"title": f"{kind} {what}", "heads": heads, "rows": [[name, *x] for name, x in by.items()]})
-    return {"runs": runs, "tables": tables}
+            title, few = f"{kind} steps: {what}", (0, 1, 2, 3, 5, 10)
+            rows = [[name, *(x[m] for m in few)] for name, x in by.items()]
+            tables.append({"title": title, "heads": [title, *(f"m = {m}" for m in few)], "rows": rows})
+            everything[title] = by
+    return {"runs": runs, "tables": tables, "for m = 0 to 10": everything}
 
 
 CLAIMS = {
@@ -787,7 +789,8 @@ def show_claims(o: "Options", device) -> None:
         options = json.loads(Path(o.runs_dir, runs[0]["name"], "config.json").read_text())
         print("\n" + "\n\n".join([f"# {name}", *map(render, found["tables"]), *found.get("texts", [])]))
         whole = {"claim": name, "commit": commit(), **found, "runs": runs, "options_of_the_first": options}
-        write(Path(o.out, f"{name}.json"), json.dumps(whole, indent=1))
+        rounded = json.loads(json.dumps(whole), parse_float=lambda x: round(float(x), 6))
+        write(Path(o.out, f"{name}.json"), json.dumps(rounded, indent=1))
     print(f"\nwritten: {o.out}/")
 
 

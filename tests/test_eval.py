@@ -510,7 +510,8 @@ def test_the_claims_over_metrics_give_each_runs_values_and_their_differences_by_
     table = found["tables"][0]
     assert column(table, "sampled %")["before"] == [40, 40] and column(table, "seeds")["prm"] == "2"
     assert column(table, "greedy %")["prm"] == pytest.approx([10, 20])
-    assert column(table, "sampled, against success, %")["prm"] == pytest.approx([-50, -50])  # what the seeds share cancels
+    assert column(table, "against success, %")["prm"] == pytest.approx([-50, -50])  # what the seeds share cancels
+    assert column(table, "sampled, against before, %")["success"] == pytest.approx([20, 30])
     assert column(table, "the paper's greedy / sampled %")["prm"] == "11.16 / 14.68"
     assert found["curves"]["steps"]["delta"] == [[6, 7, 8]] * 2 and found["runs"][0]["commit"] == "abc"
     assert [line.split() for line in found["texts"][0].splitlines()[2:4]] == [
@@ -524,7 +525,7 @@ def test_the_claims_over_metrics_give_each_runs_values_and_their_differences_by_
     assert (runs / "claims" / "map.png").stat().st_size > 10_000
     table = claim(monkeypatch, runs, "dense")["tables"][0]
     assert column(table, "iteration 1") == {"prm": [25, 25], "delta": [25, 25]}
-    assert {row[2] for row in claim(monkeypatch, runs, "sums")["tables"][0]["rows"][2:]} == {"2"}
+    assert {row[2] for row in claim(monkeypatch, runs, "sums")["tables"][0]["rows"]} == {"2"}
 
 
 def test_the_claims_over_reward_models_run_them(tmp_path, monkeypatch):
