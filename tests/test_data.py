@@ -280,6 +280,11 @@ def test_step_ends_where_tokens_and_steps_do_not_align(tokens, separator, finish
     assert find_steps(tok, ids[:-1], separator, truncated=True)[2] == truncated
 
 
+def test_steps_that_end_in_one_token_end_at_the_later_character():
+    tok, ids = of_pieces("a", "\nb\n", "c")
+    assert find_steps(tok, ids, "\n", truncated=False) == ("a\nb\nc", [4, 5], [1, 3])
+
+
 def test_token_ends_of_ids_that_encode_would_not_choose_and_of_ids_that_split_a_character():
     tok = bpe()
     canonical, by_character = tok.encode("Ana has"), [tok.encode(c)[0] for c in "Ana has"]

@@ -59,6 +59,7 @@ def test_best_of_k_and_votes_are_means_over_groups_of_k():
     assert voted(correct, [0, 0, None, 3, 4, 3], [0.0, 0.0, 9.0, 1.0, 0.0, 0.0], 3) == 0.5  # truncated: no vote
     assert best_of(correct, [0.0] * 6, 2) == pytest.approx(1 / 3)  # the first of equal ones, in each of three pairs
     assert best_of(correct, [1, 0, 0, 0, 9, 0], 4) == 0.0 == voted([False], [None], [1.0], 1)  # a rest is left out
+    assert voted([True, True, False], [0, 1, 2], [1.0] * 3, 2) == 1.0
 
 
 def test_all_measures_of_two_problems_by_hand():

@@ -90,6 +90,23 @@ def test_hard_labels_stop_at_the_first_right_completion_unless_audited(scripted,
         assert a["outcomes"] == ([[False, True, True], []] if audit else [[False, True], []])
 
 
+def test_a_completion_is_graded_behind_its_prefix_and_a_truncated_one_is_wrong(monkeypatch):
+    tails = [("", False), ("####46", True), ("####47", False)]
+    monkeypatch.setattr(prm, "rollout", lambda *_, **__: [[Sample(0, script(tail), cut) for tail, cut in tails]])
+    prefix = (script("####46\n"), 9, 0, "####46\n")
+    found = prm.complete("completer", TOKENIZER, [prefix], [Problem("41b+5=", "46")], OPTIONS)
+    assert found == [[True, False, False]]
+
+
+def test_the_seeds_of_completions_come_from_their_prefix_alone(monkeypatch):
+    seen = []
+    monkeypatch.setattr(prm, "rollout", lambda _, prompts, *__, seeds, **___: seen.append(seeds) or [[] for _ in prompts])
+    a, b = ((script(text), 9, 0, text) for text in ("b41+5=46\n", "b41+5=47\n"))
+    for prefixes in ([a, b], [b]):
+        prm.complete("completer", TOKENIZER, prefixes, [Problem("41b+5=", "46")], OPTIONS)
+    assert seen[0][1] == seen[1][0] != seen[0][0]
+
+
 @pytest.fixture
 def demonstrations(monkeypatch):
     """A policy that answers with demonstrations, of which some have a wrong line and some end too early; and a completer
