@@ -464,7 +464,7 @@ def draw_curves(groups: dict[str, list[list[dict]]], path: str, panels: tuple[st
 SIX, FIVE, THREE = "reward=success,orm,prm,clip,delta,clip-delta", "seed+prepare_seed=0,1,2,3,4", "seed+prepare_seed=0,1,2"
 SWEEPS = {  # the runs behind the README's claims, which `python train.py --sweep NAME` makes
     "main": [f"{SIX} alpha=0.5 {FIVE}"],
-    "labels": [f"reward=prm labels=oracle alpha=0.5 {THREE}", f"reward=prm flip_labels=0.1,0.2,0.4 alpha=0.5 {THREE}"],
+    "labels": [f"reward=prm labels=oracle alpha=0.5 {FIVE}", f"reward=prm flip_labels=0.1,0.2,0.4 alpha=0.5 {FIVE}"],
     "sums": [f"{SIX} preset=sums alpha=0.5 {THREE}"],
     "map": ["seed+prepare_seed=0,1 reward=orm,prm,clip,delta,clip-delta,progress,min,normed,penalty "
             "alpha=0.03,0.1,0.3,0.5,1,3"],
@@ -563,6 +563,12 @@ def at(runs: list[dict], key: str, iteration: int, scale: float = 1.0) -> list[f
     return [scale * row[key] for row in rows if row.get(key) is not None]
 
 
+def gains(runs: list[dict], others: dict[int, dict], key: str, scale: float = 1.0) -> list[float]:
+    """Of each run its last value less that of the other run of its seed, where there is one."""
+    pairs = [[run, others[seed_of(run)]] for run in runs if seed_of(run) in others]
+    return [x - y for x, y in (final(pair, key, scale) for pair in pairs)]
+
+
 def rewards_table(runs: list[dict], title: str, paper: bool) -> dict:
     """Before and after training with each reward; the differences are by seed, so that what the seeds share cancels."""
     heads = ["reward", "alpha", "seeds", "greedy %", "sampled %", "sampled, against before, %", "against success, %"]
@@ -579,12 +585,11 @@ def rewards_table(runs: list[dict], title: str, paper: bool) -> dict:
         for alpha in sorted({run["options"]["alpha"] for run in of(runs, reward=reward)}):
             group = of(runs, reward=reward, alpha=alpha)
             after, before = final(group, "sampled_accuracy", 100), at(group, "sampled_accuracy", 0, 100)
-            pairs = [[run, success[seed_of(run)]] for run in group if seed_of(run) in success]
-            gains = [x - y for x, y in (final(pair, "sampled_accuracy", 100) for pair in pairs)]
             learned = reward != "success"
             rows.append([
                 reward, f"{alpha:g}" if learned else "", str(len(group)), final(group, "greedy_accuracy", 100),
-                after, [x - y for x, y in zip(after, before)], gains if learned else "", final(group, "sampled_steps"),
+                after, [x - y for x, y in zip(after, before)],
+                gains(group, success, "sampled_accuracy", 100) if learned else "", final(group, "sampled_steps"),
                 final(group, "sampled_repeats"), at(group, "process_reward", 1) if learned else "",
                 final(group, "process_reward") if learned else "",
                 *([cell(reward) if ("qwen2-1.5b-instruct", reward) in PAPER else ""] if paper else []),
@@ -655,9 +660,10 @@ def claim_map(o: "Options", device) -> dict:
 
 def claim_labels(o: "Options", device) -> dict:
     """7: the process reward by exact, Monte-Carlo and noisy labels."""
-    runs = of(read_sweep(["labels", "main"], o.runs_dir), reward="prm")
-    heads = ["labels", "seeds", "step AUROC against the oracle", "greedy %", "sampled %", "steps", "repeats"]
-    heads += ["right steps, first iteration, %", "last, %", "process reward, first iteration", "last"]
+    everything = read_sweep(["labels", "main"], o.runs_dir)
+    runs, success = of(everything, reward="prm"), {seed_of(run): run for run in of(everything, reward="success")}
+    heads = ["labels", "seeds", "step AUROC against the oracle", "greedy %", "sampled %", "against success, %", "steps"]
+    heads += ["against success", "repeats", "process reward, first iteration", "last"]
     kinds = {"exact": ("oracle", 0.0), "Monte-Carlo": ("hard", 0.0)}
     kinds |= {f"Monte-Carlo, {flip:.0%} flipped": ("hard", flip) for flip in (0.1, 0.2, 0.4)}
     rows = []
@@ -665,11 +671,12 @@ def claim_labels(o: "Options", device) -> dict:
         if group := of(runs, labels=labels, flip_labels=flip):
             rows.append([
                 name, str(len(group)), [quality_of(run)["auroc_oracle"] for run in group],
-                final(group, "greedy_accuracy", 100), final(group, "sampled_accuracy", 100), final(group, "sampled_steps"),
-                final(group, "sampled_repeats"), at(group, "good_steps", 1, 100), final(group, "good_steps", 100),
-                at(group, "process_reward", 1), final(group, "process_reward"),
+                final(group, "greedy_accuracy", 100), final(group, "sampled_accuracy", 100),
+                gains(group, success, "sampled_accuracy", 100), final(group, "sampled_steps"),
+                gains(group, success, "sampled_steps"), final(group, "sampled_repeats"), at(group, "process_reward", 1),
+                final(group, "process_reward"),
             ])  # fmt: skip
-    return {"runs": runs, "tables": [{"title": "labels", "heads": heads, "rows": rows}]}
+    return {"runs": [*success.values(), *runs], "tables": [{"title": "labels", "heads": heads, "rows": rows}]}
 
 
 def quality_of(run: dict) -> dict:
@@ -748,8 +755,9 @@ def claim_repeats(o: "Options", device) -> dict:
         for run in runs:
             c, rng = run["options"], random.Random(0)
             judge = Judge(Options(prm=c["reward_model"], prompt=c["prompt"]), "prm", device)
-            answers, rows, places = [toy_lines(p.question) for p in load_problems(c["data"], "test", 200)], [], []
-            for p, lines in zip(load_problems(c["data"], "test", 200), answers):
+            rows, places = [], []
+            for p in load_problems(c["data"], "test", 200):
+                lines = toy_lines(p.question)
                 k = rng.randrange(len(lines) - 1) + 1 if kind == "repeated" else len(lines) - 1
                 for m in range(most + 1):
                     more = [lines[k - 1] if kind == "repeated" else "="] * m
