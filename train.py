@@ -865,9 +865,9 @@ def run(o: Options, folder: Path, rank: int, world: int, device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     trainer = Trainer(o, data, policy, reward_model, rank, world, device)
-    made_of = {"policy": policy, "reward_model": reward_model}
+    made_of = {"policy": policy, "reward model": reward_model}
     sources = on_rank_0(lambda: {what: prm.identity(path) if path else "" for what, path in made_of.items()})
-    trainer.made_of = made_of | {"commit": on_rank_0(commit)}
+    trainer.made_of = dict(zip(MADE_OF, (policy, reward_model, on_rank_0(commit))))
     sources["problems"] = prm.fingerprint(data[0])
     with on_rank_0(lambda: lock(folder / "lock"), share=False) or nullcontext(), Interrupt() as interrupt:
         loop(o, folder, trainer, sources, interrupt)
