@@ -194,8 +194,8 @@ def describe(rows: list[dict], o: LabelOptions, prefixes: int, seconds: float) -
     fast = f"{prefixes} prefixes now, {prefixes / seconds:.1f} a second; " if prefixes else ""
     return (
         f"  {len(labels)} steps of {len(rows)} solutions; {fast}mean label {sum(labels) / max(len(labels), 1):.2f}\n"
-        f"  mean label of step 1, 2, ...: {means}\n"
-        f"  hard labels of {half} and of {half} other completions agree in {agreement}"
+        f"  mean label of step 1, 2, ...: {means}"
+        + (f"\n  hard labels of {half} and of {half} other completions agree in {agreement}" if o.labels != "oracle" else "")
     )
 
 
