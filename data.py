@@ -185,6 +185,7 @@ def toy_tokenizer(world: str = "toy"):
 
 # ------------------------------------------------------------------------------------------------ data sets
 
+
 HUB = {  # name -> (hub name, configuration)
     "gsm8k": ("openai/gsm8k", "main"),
     "math": ("DigitalLearningGmbH/MATH-lighteval", None),
@@ -193,6 +194,81 @@ HUB = {  # name -> (hub name, configuration)
 }
 ONLY = {"math-500": "test", "mathinstruct": "train"}  # the only split that they have
 FIELDS = (("question", "answer"), ("problem", "answer"), ("problem", "solution"), ("instruction", "output"))
+
+
+def read_jsonl(path: Path):
+    """Yields ("FILE line 3", row) for each line that is not blank."""
+    with open(path, encoding="utf-8") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{path} line {number}", json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} line {number}: not JSON ({error.msg})") from None
+        except RecursionError:
+            raise UserError(f"{path} line {number}: nested too deeply") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: not UTF-8 text") from None
+
+
+def read_array(path: Path):
+    """A .json file: one array, as MathInstruct has it, or in truth JSONL."""
+    with open(path, "rb") as file:
+        array = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+        try:
+            file.seek(0)
+            rows = json.load(file) if array else []
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: not JSON ({error})") from None
+    if not array:
+        yield from read_jsonl(path)
+    yield from ((f"{path} row {i}", row) for i, row in enumerate(rows, 1))
+
+
+def load_hub(name: str, split: str):
+    import datasets
+
+    path, config = HUB.get(name, (name, None))
+    if ONLY.get(name, split) != split:
+        raise UserError(f"{name} has no {split} split: choose another data set for that (in train.py by --eval-data)")
+    try:
+        return datasets.load_dataset(path, config, split=split)
+    except Exception as error:  # the hub's client raises many kinds; all mean the same to the user
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        mend = "give a local copy instead: a .jsonl, .json or .parquet file, or a folder of them"
+        raise UserError(f"cannot load the data set {path} ({reason}); {mend}") from None
+
+
+def read_rows(name: str, split: str):
+    """Yields (where, row) of a JSONL, JSON or Parquet file, or of a split of a data set: a folder with the files of one, as
+    the hub keeps them, or a hub name. Raises UserError if there is none, or it cannot be read."""
+    path = Path(name)
+    local = path.suffix in (".jsonl", ".json", ".parquet") or path.is_absolute() or name.startswith(".")
+    if local and not path.exists():
+        raise UserError(f"{name}: no such file")
+    if path.suffix == ".parquet":
+        from pyarrow import ArrowException, parquet  # which datasets needs
+
+        try:
+            rows = parquet.read_table(path).to_pylist()
+        except ArrowException as error:
+            raise UserError(f"{name}: cannot be read as Parquet ({str(error).splitlines()[0]})") from None
+    elif path.is_file():
+        yield from read_array(path) if path.suffix == ".json" else read_jsonl(path)
+        return
+    else:
+        rows = load_hub(name, split)
+    yield from ((f"{name} row {i}", row) for i, row in enumerate(rows, 1))
+
+
+def to_problem(row: dict, where: str) -> Problem:
+    for q, a in FIELDS:
+        if isinstance(row, dict) and q in row and a in row:
+            if isinstance(row[q], str) and isinstance(row[a], str | int | float) and row[q].strip() and str(row[a]).strip():
+                subject, level = row.get("type") or row.get("subject") or "", str(row.get("level") or "")
+                return Problem(row[q], str(row[a]), str(subject), level.removeprefix("Level "))
+            raise UserError(f"{where}: {q} and {a} must be text that is not empty")
+    raise UserError(f"{where}: needs the fields (question, answer) or (problem, solution | answer)")
 
 
 def load_problems(name: str, split: str = "train", limit: int | None = None) -> list[Problem]:
@@ -280,81 +356,6 @@ def drop_known(problems: list[Problem], known: list[Problem]) -> tuple[list[Prob
     return kept, len(problems) - len(other), len(other) - len(kept)
 
 
-def read_rows(name: str, split: str):
-    """Yields (where, row) of a JSONL, JSON or Parquet file, or of a split of a data set: a folder with the files of one, as
-    the hub keeps them, or a hub name. Raises UserError if there is none, or it cannot be read."""
-    path = Path(name)
-    local = path.suffix in (".jsonl", ".json", ".parquet") or path.is_absolute() or name.startswith(".")
-    if local and not path.exists():
-        raise UserError(f"{name}: no such file")
-    if path.suffix == ".parquet":
-        from pyarrow import ArrowException, parquet  # which datasets needs
-
-        try:
-            rows = parquet.read_table(path).to_pylist()
-        except ArrowException as error:
-            raise UserError(f"{name}: cannot be read as Parquet ({str(error).splitlines()[0]})") from None
-    elif path.is_file():
-        yield from read_array(path) if path.suffix == ".json" else read_jsonl(path)
-        return
-    else:
-        rows = load_hub(name, split)
-    yield from ((f"{name} row {i}", row) for i, row in enumerate(rows, 1))
-
-
-def read_array(path: Path):
-    """A .json file: one array, as MathInstruct has it, or in truth JSONL."""
-    with open(path, "rb") as file:
-        array = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-        try:
-            file.seek(0)
-            rows = json.load(file) if array else []
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not JSON ({error})") from None
-    if not array:
-        yield from read_jsonl(path)
-    yield from ((f"{path} row {i}", row) for i, row in enumerate(rows, 1))
-
-
-def read_jsonl(path: Path):
-    """Yields ("FILE line 3", row) for each line that is not blank."""
-    with open(path, encoding="utf-8") as file:
-        try:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{path} line {number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} line {number}: not JSON ({error.msg})") from None
-        except RecursionError:
-            raise UserError(f"{path} line {number}: nested too deeply") from None
-        except UnicodeDecodeError:
-            raise UserError(f"{path}: not UTF-8 text") from None
-
-
-def to_problem(row: dict, where: str) -> Problem:
-    for q, a in FIELDS:
-        if isinstance(row, dict) and q in row and a in row:
-            if isinstance(row[q], str) and isinstance(row[a], str | int | float) and row[q].strip() and str(row[a]).strip():
-                subject, level = row.get("type") or row.get("subject") or "", str(row.get("level") or "")
-                return Problem(row[q], str(row[a]), str(subject), level.removeprefix("Level "))
-            raise UserError(f"{where}: {q} and {a} must be text that is not empty")
-    raise UserError(f"{where}: needs the fields (question, answer) or (problem, solution | answer)")
-
-
-def load_hub(name: str, split: str):
-    import datasets
-
-    path, config = HUB.get(name, (name, None))
-    if ONLY.get(name, split) != split:
-        raise UserError(f"{name} has no {split} split: choose another data set for that (in train.py by --eval-data)")
-    try:
-        return datasets.load_dataset(path, config, split=split)
-    except Exception as error:  # the hub's client raises many kinds; all mean the same to the user
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        mend = "give a local copy instead: a .jsonl, .json or .parquet file, or a folder of them"
-        raise UserError(f"cannot load the data set {path} ({reason}); {mend}") from None
-
-
 # ------------------------------------------------------------------------------------------------ prompts and steps
 
 
@@ -399,6 +400,15 @@ def split_steps(text: str, separator: str, finished: bool = True) -> list[int]:
     return ends
 
 
+def decode(tokenizer, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+@lru_cache(maxsize=500_000)
+def token_text(tokenizer, i: int) -> str:
+    return decode(tokenizer, [i])
+
+
 def token_ends(tokenizer, ids: list[int]) -> tuple[str, list[int]]:
     """The text of the sampled ids, and for each token the number of characters up to its end.
 
@@ -411,15 +421,6 @@ def token_ends(tokenizer, ids: list[int]) -> tuple[str, list[int]]:
     # character decodes to one replacement character per byte, hence the running minimum from the end.
     ends = [len(decode(tokenizer, ids[: t + 1])) for t in range(len(ids))]
     return text, list(accumulate(reversed(ends), min))[::-1]
-
-
-def decode(tokenizer, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-@lru_cache(maxsize=500_000)
-def token_text(tokenizer, i: int) -> str:
-    return decode(tokenizer, [i])
 
 
 def find_steps(tokenizer, ids: list[int], separator: str, truncated: bool) -> tuple[str, list[int], list[int]]:
@@ -461,6 +462,12 @@ def write(path: Path, text: str) -> None:
     os.replace(new, path)
 
 
+def whole_lines(path: Path) -> list[str]:
+    """Of a file that is being written, or whose writer was killed: all but a half one at its end. Of no file, none."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [line for line in lines if line.endswith("\n")]
+
+
 def append(path: Path, rows: list[dict]) -> None:
     """All rows as lines of JSON, or none if the disk is full. Numbers that are not finite become null, which JSON knows."""
     clean = lambda x: None if isinstance(x, float) and not math.isfinite(x) else x
@@ -473,6 +480,11 @@ def append(path: Path, rows: list[dict]) -> None:
         except OSError:
             file.truncate(size)
             raise
+
+
+def main():
+    for problem in load_problems(sys.argv[1] if len(sys.argv) > 1 else "toy", limit=3):
+        print(f"question  {problem.question}\nanswer    {problem.answer}\n")
 
 
 def run_script(main) -> None:
@@ -489,11 +501,6 @@ def run_script(main) -> None:
         print(f"\n{Path(sys.argv[0]).name}: stopped", file=sys.stderr, flush=True)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # die of it, so that a shell's loop over runs ends as well
         os.kill(os.getpid(), signal.SIGINT)
-
-
-def main():
-    for problem in load_problems(sys.argv[1] if len(sys.argv) > 1 else "toy", limit=3):
-        print(f"question  {problem.question}\nanswer    {problem.answer}\n")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
     python eval.py --prm DIR --orm DIR --pairs FILE.jsonl                     # chosen against rejected
     python eval.py --runs runs/A runs/B --figure curves.png
     python eval.py --claim all                                                # the README's, over what train.py --sweep made
+    python eval.py show runs/NAME --html page.html                            # what each step of an answer was paid
 
 Figures come with 95 % intervals by bootstrap over problems, the unit that was drawn. pass@k is the unbiased estimate
 1 - C(n-c, k) / C(n, k) of c right answers among n (arXiv 2107.03374); votes and best-of-k are means over the n / k groups
@@ -20,9 +21,11 @@ Left out: few-shot prompts, tools, reward models that do not fit one GPU.
 import hashlib
 import json
 import math
+import os
 import random
 import re
 import subprocess
+import sys
 import zlib
 from collections import defaultdict
 from contextlib import redirect_stdout
@@ -38,8 +41,8 @@ from transformers import HfArgumentParser
 
 import prm
 from data import (
-    Problem, TextOptions, UserError, encode_prompts, find_steps, load_hub, load_problems, mixture, option, read_rows,
-    run_script, split_steps, toy_lines, write,
+    Problem, TextOptions, UserError, encode_prompts, find_steps, is_toy, load_hub, load_problems, mixture, option, oracle,
+    read_rows, run_script, split_steps, toy_lines, whole_lines, write,
 )  # fmt: skip
 from grader import extract, grade, verdict
 from model import DTYPES, eos_ids, gather, load_causal_lm, load_tokenizer, on_rank_0, start_processes, watching
@@ -81,6 +84,15 @@ def answer(
     return [{"index": indices[k // n], **row} for k, row in enumerate(rows)]
 
 
+def summarise(rows: list[dict], n: int) -> dict:
+    """Means over the answers; stderr is that of the mean over problems, each with n answers."""
+    correct = torch.tensor([row["correct"] for row in rows], dtype=torch.float64).view(-1, n).mean(1)
+    result = {"accuracy": correct.mean().item(), "stderr": correct.std(correction=0).item() / len(correct) ** 0.5}
+    for key in ("steps", "tokens", "repeats", "truncated"):
+        result[key] = sum(row[key] for row in rows) / len(rows)
+    return result
+
+
 def evaluate(
     model, tokenizer, problems: list[Problem], prompt: str, separator: str, *, n: int = 1, rank: int = 0, world: int = 1,
     progress: str = "", **more,
@@ -90,15 +102,6 @@ def evaluate(
     rows = answer(model, tokenizer, problems, mine, prompt, separator, n=n, progress="" if rank else progress, **more)
     rows = sorted(gather(rows), key=lambda row: row["index"])
     return summarise(rows, n), rows
-
-
-def summarise(rows: list[dict], n: int) -> dict:
-    """Means over the answers; stderr is that of the mean over problems, each with n answers."""
-    correct = torch.tensor([row["correct"] for row in rows], dtype=torch.float64).view(-1, n).mean(1)
-    result = {"accuracy": correct.mean().item(), "stderr": correct.std(correction=0).item() / len(correct) ** 0.5}
-    for key in ("steps", "tokens", "repeats", "truncated"):
-        result[key] = sum(row[key] for row in rows) / len(rows)
-    return result
 
 
 # ------------------------------------------------------------------------------------------------ choosing among answers
@@ -243,6 +246,10 @@ def process_bench(name: str, judge: Judge, o: "Options", rank: int, world: int) 
     return {"erroneous": wrong, "correct": right, "F1": f1, "solutions": len(hits)}
 
 
+def answer_row(question: str, response: str, o: "Options") -> dict:
+    return {"question": question, "response": response, "cuts": split_steps(response, o.separator), "truncated": False}
+
+
 def pairs_accuracy(name: str, judges: list[Judge], o: "Options", rank: int, world: int) -> dict[str, dict[str, Tensor]]:
     """In the manner of RewardBench: for each way of judging and each subset, whether the chosen answer scored above the
     rejected one (P,); a tie counts as wrong."""
@@ -260,10 +267,6 @@ def pairs_accuracy(name: str, judges: list[Judge], o: "Options", rank: int, worl
     subsets = [str(row.get("subset", "all")) for _, row in pairs]
     inside = {s: [i for i, subset in enumerate(subsets) if subset == s] for s in dict.fromkeys(subsets)}
     return {way: {s: torch.tensor([w[i] for i in inside[s]]).double() for s in inside} for way, w in wins.items()}
-
-
-def answer_row(question: str, response: str, o: "Options") -> dict:
-    return {"question": question, "response": response, "cuts": split_steps(response, o.separator), "truncated": False}
 
 
 # ------------------------------------------------------------------------------------------------ tables and figures
@@ -367,7 +370,7 @@ def read_run(folder: str) -> list[dict]:
     path = Path(folder) / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{folder}: not the folder of a run (it has no metrics.jsonl)")
-    rows = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    rows = [json.loads(line) for line in whole_lines(path)]
     if not any("greedy_accuracy" in row for row in rows):
         raise UserError(f"{path}: holds no evaluation")
     return rows
@@ -461,6 +464,7 @@ def draw_curves(groups: dict[str, list[list[dict]]], path: str, panels: tuple[st
 
 # ------------------------------------------------------------------------------------------------ claims, over many runs
 
+
 SIX, FIVE, THREE = "reward=success,orm,prm,clip,delta,clip-delta", "seed+prepare_seed=0,1,2,3,4", "seed+prepare_seed=0,1,2"
 SWEEPS = {  # the runs behind the README's claims, which `python train.py --sweep NAME` makes
     "main": [f"{SIX} alpha=0.5 {FIVE}"],
@@ -545,12 +549,12 @@ def read_sweep(names: list[str], runs_dir: str) -> list[dict]:
     return found
 
 
-def of(runs: list[dict], **want) -> list[dict]:
-    return sorted((run for run in runs if all(run["options"][k] == v for k, v in want.items())), key=seed_of)
-
-
 def seed_of(run: dict) -> int:
     return run["options"]["seed"]
+
+
+def of(runs: list[dict], **want) -> list[dict]:
+    return sorted((run for run in runs if all(run["options"][k] == v for k, v in want.items())), key=seed_of)
 
 
 def final(runs: list[dict], key: str, scale: float = 1.0) -> list[float]:
@@ -597,6 +601,14 @@ def rewards_table(runs: list[dict], title: str, paper: bool) -> dict:
     return {"title": title, "heads": heads, "rows": rows}
 
 
+def hacked_answer(run: dict) -> str:
+    """Of the last iteration's answers the one with the most repeats, step by step."""
+    rows = read_answers(Path(run["folder"]) / "samples.jsonl")
+    row = max((row for row in rows if row["iteration"] == rows[-1]["iteration"]), key=lambda row: row["repeats"])
+    title = f"{run['run']}, iteration {row['iteration']}, alpha {run['options']['alpha']:g}"
+    return f"{title}\n{answer_text(explain(row, run['options']['alpha']), False)}"
+
+
 def claim_main(o: "Options", device) -> dict:
     """2, 4, 5: the six rewards at one alpha."""
     runs = read_sweep(["main"], o.runs_dir)
@@ -607,17 +619,6 @@ def claim_main(o: "Options", device) -> dict:
     curves = {key: {name: [series(run, key) for run in group] for name, group in groups.items()} for key in panels}
     hacked = hacked_answer(of(runs, reward="prm")[0])
     return {"runs": runs, "tables": [rewards_table(runs, "rewards", True)], "texts": [hacked], "curves": curves}
-
-
-def hacked_answer(run: dict) -> str:
-    """Of the last iteration's answers the one with the most repeats, with score and return-to-go of each step."""
-    rows = read_answers(Path(run["folder"]) / "samples.jsonl")
-    row = max((row for row in rows if row["iteration"] == rows[-1]["iteration"]), key=lambda row: row["repeats"])
-    lines = [f"{row['question']}   ({run['run']}, iteration {row['iteration']})", f"{'':16}{'score':>6}{'return-to-go':>14}"]
-    steps = [x.strip() for x in prm.steps_of(row)]
-    lines += [f"{step:16}{s:6.2f}{sum(row['refined'][k:]):14.2f}" for k, (step, s) in enumerate(zip(steps, row["scores"]))]
-    rest = row["response"][row["cuts"][-1] :].strip()
-    return "\n".join([*lines, f"{rest} ({row['verdict']}; gold {row['gold']})"])
 
 
 def claim_orm(o: "Options", device) -> dict:
@@ -658,6 +659,10 @@ def claim_map(o: "Options", device) -> dict:
     return {"runs": runs, "tables": tables}
 
 
+def quality_of(run: dict) -> dict:
+    return json.loads(Path(run["options"]["reward_model"], "quality.json").read_text())
+
+
 def claim_labels(o: "Options", device) -> dict:
     """7: the process reward by exact, Monte-Carlo and noisy labels."""
     everything = read_sweep(["labels", "main"], o.runs_dir)
@@ -677,10 +682,6 @@ def claim_labels(o: "Options", device) -> dict:
                 final(group, "process_reward"),
             ])  # fmt: skip
     return {"runs": [*success.values(), *runs], "tables": [{"title": "labels", "heads": heads, "rows": rows}]}
-
-
-def quality_of(run: dict) -> dict:
-    return json.loads(Path(run["options"]["reward_model"], "quality.json").read_text())
 
 
 def claim_dense(o: "Options", device) -> dict:
@@ -786,6 +787,15 @@ CLAIMS = {
 }  # fmt: skip
 
 
+def commit() -> str:
+    """Of this code, with a + if it was changed since; empty outside a git checkout."""
+    try:
+        call = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+        return subprocess.run(call, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
 def show_claims(o: "Options", device) -> None:
     """Print the tables of the claims, and write them with all that is behind them: OUT/NAME.json, figures as png."""
     o.out = o.out or str(Path(o.runs_dir, "claims"))
@@ -802,13 +812,99 @@ def show_claims(o: "Options", device) -> None:
     print(f"\nwritten: {o.out}/")
 
 
-def commit() -> str:
-    """Of this code, with a + if it was changed since; empty outside a git checkout."""
-    try:
-        call = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
-        return subprocess.run(call, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
+# ------------------------------------------------------------------------------------------------ one run, step by step
+
+
+@dataclass
+class ShowOptions:
+    iteration: int | None = option(None, "whose answers, or where the page begins; default: the first and the last")
+    html: str = option("", "write a page with a slider over the iterations to this file, instead")
+
+
+def explain(row: dict, alpha: float) -> dict:
+    """An answer as `show` shows it, with None for what its reward does not have. A step's return-to-go has two parts: what
+    the learned reward `pays`, alpha * (r_k + ... + r_K) or alpha * r_outcome, and Correct. It is undiscounted, and without
+    the KL penalty and the value that a truncated answer bootstraps, which samples.jsonl does not hold."""
+    K, texts, s, r = row["steps"], [text.strip() for text in prm.steps_of(row)], row["scores"], row["refined"]
+    question, response, outcome = row["question"], row["response"], row["outcome"]
+    pays = [None if outcome is None else alpha * outcome * (not row["truncated"])] * K
+    pays = pays if r is None else [alpha * sum(r[k:]) for k in range(K)]
+    # by where a step ends: a run may have cut its answers elsewhere than the oracle does
+    right = dict(zip(split_steps(response, "\n"), oracle(question, response))) if is_toy(question) else {}
+    steps = [
+        {"text": text, "repeats": texts.index(text) + 1 if text in texts[:k] else None, "score": s and s[k], "r": r and r[k],
+         "pays": pay, "return": None if pay is None else pay + row["correct"], "oracle": right.get(cut)}
+        for k, (text, cut, pay) in enumerate(zip(texts, row["cuts"], pays))
+    ]  # fmt: skip
+    verdict = {"match": "right", "mismatch": "wrong"}.get(row["verdict"], row["verdict"])
+    answer = {"question": question, "gold": extract(row["gold"]) or row["gold"], "verdict": verdict, "outcome": outcome}
+    answer |= {"correct": row["correct"], "watched": row.get("watched", False)}
+    return {**answer, "steps": steps, "rest": response[max([0, *row["cuts"]]) :].strip()}
+
+
+def read_show(folder: str) -> dict:
+    """A run's name, reward and alpha, and of each iteration its means and a few answers."""
+    path, means = Path(folder), {row["iteration"]: row for row in read_run(folder)}
+    if missing := [name for name in ("config.json", "samples.jsonl") if not (path / name).is_file()]:
+        raise UserError(f"{folder}: not the folder of a run (it has no {missing[0]})")
+    options, answers = json.loads((path / "config.json").read_text()), defaultdict(list)
+    for row in map(json.loads, whole_lines(path / "samples.jsonl")):
+        answers[row["iteration"]].append(explain(row, options["alpha"]))
+    if not answers:
+        raise UserError(f"{folder}: has no answers yet, its first iteration is not done")
+    keys = ("success", "steps", "repeats", "process_reward")
+    rows = [{"iteration": i, **{k: means.get(i, {}).get(k) for k in keys}, "answers": x} for i, x in answers.items()]
+    return {"run": path.resolve().name, "reward": options["reward"], "alpha": options["alpha"], "iterations": rows}
+
+
+def answer_text(answer: dict, colour: bool) -> str:
+    """For the terminal: blue is good and vermilion bad, which the colour-blind tell apart."""
+    paint = lambda text, value: f"\x1b[38;5;{32 if value > 0 else 166}m{text}\x1b[0m" if colour and value else text
+    # what a model wrote may hold escape sequences, which would command the terminal
+    clean = lambda text: "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+    middle = {"score": 0.5, "r": 0, "return": 0, "oracle": 0.5}
+    columns = [key for key in middle if any(step[key] is not None for step in answer["steps"])]
+    lines = [clean(f"{answer['question']}   gold {answer['gold']}, ") + paint(answer["verdict"], answer["correct"] - 0.5)]
+    lines[0] += "" if answer["outcome"] is None else f", outcome score {answer['outcome']:.2f}"
+    lines[0] += "   (the same question in every iteration)" if answer["watched"] else ""
+    lines.append("   k" + "".join(f"{key:>8}" for key in columns) + "  step")
+    below = "\n" + " " * (len(lines[1]) - 4)  # where a step goes on that has several lines
+    for k, step in enumerate(answer["steps"], 1):
+        cell = lambda key, x: {True: "right", False: "wrong", None: ""}[x] if key == "oracle" else f"{x:.2f}"
+        cells = [paint(f"{cell(key, step[key]):>8}", (step[key] or 0) - middle[key]) for key in columns]
+        again = f"   (repeats {step['repeats']})" if step["repeats"] else ""
+        lines.append(f"{k:4}{''.join(cells)}  {clean(step['text']).replace(chr(10), below)}{again}")
+    rest = clean(answer["rest"]).replace("\n", below)
+    return "\n".join(lines) + (f"{below}{rest}   (cut off: no step)" if rest else "")
+
+
+def parse_show(argv: list[str]):
+    usage = "python eval.py show RUN [--iteration N] [--html FILE]"
+    parser = HfArgumentParser(ShowOptions, usage=usage, allow_abbrev=False)
+    parser.add_argument("run", help="the folder of a run")
+    return parser.parse_args(argv)
+
+
+def show(argv: list[str]) -> None:
+    o = parse_show(argv)
+    run = read_show(o.run)
+    rows = {row["iteration"]: row for row in run["iterations"]}
+    if o.iteration not in (None, *rows):
+        raise UserError(f"{o.run}: has no answers of iteration {o.iteration}, but of {min(rows)} to {max(rows)}")
+    if o.html:
+        # not one <, lest a model's </script> end the data, or its <!-- with <script hide the page's own end of them
+        text = json.dumps({**run, "start": f"#iteration={o.iteration or min(rows)}"}).replace("<", "\\u003c")
+        page = Path(__file__).with_name("assets") / "show.html"
+        write(Path(o.html), page.read_text(encoding="utf-8").replace("{{run}}", text))
+        print(f"written: {o.html}")
+        return
+    print(f"{run['run']}: reward {run['reward']}, alpha {run['alpha']:g}")
+    print("return: alpha * (r_k + ... + r_K, or r_outcome) + Correct; the KL penalty is left out")
+    for i in [o.iteration] if o.iteration else sorted({min(rows), max(rows)}):
+        means = ", ".join(f"{key.replace('_', ' ')} {x:.2f}" for key, x in rows[i].items() if isinstance(x, float))
+        print(f"\niteration {i} of {max(rows)}: {means}")
+        for answer in rows[i]["answers"]:
+            print("\n" + answer_text(answer, sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
 
 
 # ------------------------------------------------------------------------------------------------ the script
@@ -841,6 +937,7 @@ class Options(TextOptions):
 def parse(argv: list[str] | None = None) -> tuple[Options, tuple[str, str]]:
     """The options, and the name by which the paper would know the model: (model, reward)."""
     usage = "python eval.py --model M | --runs R [R ...] | --claim C | --prm P --processbench NAMES [--OPTION VALUE ...]"
+    usage += "\n       python eval.py show RUN [--OPTION VALUE ...]"
     parser = HfArgumentParser(Options, usage=usage, allow_abbrev=False)
     o = Options(**vars(parser.parse_args(argv)))
     if sum(map(bool, (o.model, o.runs, o.claim, o.processbench or o.pairs))) != 1:
@@ -866,6 +963,58 @@ def parse(argv: list[str] | None = None) -> tuple[Options, tuple[str, str]]:
     if o.model and not o.data:
         raise UserError("--data: say on which problems (toy, gsm8k, math, or a JSONL file)")
     return o, known
+
+
+def with_votes(rows: list[dict], n: int) -> list[dict]:
+    """What is kept of the answers; each with its "vote": which of the n answers to its problem is the first equal one."""
+    votes = []
+    for i in range(0, len(rows), n):
+        votes += same_answers([None if row["truncated"] else extract(row["response"]) for row in rows[i : i + n]])
+    kept = [{k: v for k, v in row.items() if k not in ("ids", "ends")} for row in rows]
+    return [row | {"vote": vote} for row, vote in zip(kept, votes)]
+
+
+def read_answers(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def score_answers(judge, answers: Path, file: Path, n: int, problems: int, settings: dict, rank: int, world: int) -> None:
+    rows, settings = read_answers(answers), {**settings, "answers": zlib.crc32(answers.read_bytes())}
+
+    def make(block) -> list[dict]:
+        found = judge().scores([row for i in block for row in rows[i * n : (i + 1) * n]])
+        return [{"index": i, "scores": found[j * n : (j + 1) * n]} for j, i in enumerate(block)]
+
+    prm.in_blocks(file, file.stem, settings, problems, 1, make, rank, world, size=max(1, 1024 // n))
+
+
+def digest(settings) -> str:
+    return hashlib.sha1(json.dumps(settings).encode()).hexdigest()[:10]
+
+
+def report(o: Options, known: tuple[str, str], sets: dict, answers: dict, weights: dict, folder: Path) -> None:
+    """Print the tables, and write them: results.md, results.json."""
+    results, text, means = {}, [], {}
+    for name, problems in sets.items():
+        greedy, rows = (read_answers(answers[name, way]) for way in ("greedy", "sampled"))
+        values = measures(greedy, rows, o.samples, weights[name])
+        results[name] = {measure: bootstrap(x) for measure, x in values.items()}
+        means[name] = {way: summarise(r, n) for way, r, n in (("greedy", greedy, 1), ("sampled", rows, o.samples))}
+        if curve := over_k(results[name], name):
+            text.append(curve)
+        few = ("greedy accuracy", "sampled accuracy", f"pass@{o.samples}", f"majority of {o.samples}")
+        if parts := breakdown(problems, {m: values[m] for m in few if m in values}):
+            text.append(f"{name}:\n\n{parts}")
+    sizes = {name: len(problems) for name, problems in sets.items()}
+    text.insert(0, results_table(results, sizes, PAPER.get(known, {}), o.samples))
+    for way in ("greedy", "sampled"):
+        keys = ("steps", "tokens", "repeats", "truncated")
+        lines = [[name, *(f"{means[name][way][k]:.2f}" for k in keys)] for name in sets]
+        text.append(markdown([f"{way}, per answer", *keys], lines))
+    print("\n" + "\n\n".join(text))
+    write(folder / "results.md", "\n\n".join(text) + "\n")
+    everything = {"options": asdict(o), "problems": sizes, "results": results, "means": means}
+    write(folder / "results.json", json.dumps(everything, indent=1))
 
 
 def evaluate_model(o: Options, known: tuple[str, str], rank: int, world: int, device) -> None:
@@ -913,58 +1062,6 @@ def evaluate_model(o: Options, known: tuple[str, str], rank: int, world: int, de
         report(o, known, sets, answers, weights, folder)
 
 
-def with_votes(rows: list[dict], n: int) -> list[dict]:
-    """What is kept of the answers; each with its "vote": which of the n answers to its problem is the first equal one."""
-    votes = []
-    for i in range(0, len(rows), n):
-        votes += same_answers([None if row["truncated"] else extract(row["response"]) for row in rows[i : i + n]])
-    kept = [{k: v for k, v in row.items() if k not in ("ids", "ends")} for row in rows]
-    return [row | {"vote": vote} for row, vote in zip(kept, votes)]
-
-
-def score_answers(judge, answers: Path, file: Path, n: int, problems: int, settings: dict, rank: int, world: int) -> None:
-    rows, settings = read_answers(answers), {**settings, "answers": zlib.crc32(answers.read_bytes())}
-
-    def make(block) -> list[dict]:
-        found = judge().scores([row for i in block for row in rows[i * n : (i + 1) * n]])
-        return [{"index": i, "scores": found[j * n : (j + 1) * n]} for j, i in enumerate(block)]
-
-    prm.in_blocks(file, file.stem, settings, problems, 1, make, rank, world, size=max(1, 1024 // n))
-
-
-def read_answers(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def digest(settings) -> str:
-    return hashlib.sha1(json.dumps(settings).encode()).hexdigest()[:10]
-
-
-def report(o: Options, known: tuple[str, str], sets: dict, answers: dict, weights: dict, folder: Path) -> None:
-    """Print the tables, and write them: results.md, results.json."""
-    results, text, means = {}, [], {}
-    for name, problems in sets.items():
-        greedy, rows = (read_answers(answers[name, way]) for way in ("greedy", "sampled"))
-        values = measures(greedy, rows, o.samples, weights[name])
-        results[name] = {measure: bootstrap(x) for measure, x in values.items()}
-        means[name] = {way: summarise(r, n) for way, r, n in (("greedy", greedy, 1), ("sampled", rows, o.samples))}
-        if curve := over_k(results[name], name):
-            text.append(curve)
-        few = ("greedy accuracy", "sampled accuracy", f"pass@{o.samples}", f"majority of {o.samples}")
-        if parts := breakdown(problems, {m: values[m] for m in few if m in values}):
-            text.append(f"{name}:\n\n{parts}")
-    sizes = {name: len(problems) for name, problems in sets.items()}
-    text.insert(0, results_table(results, sizes, PAPER.get(known, {}), o.samples))
-    for way in ("greedy", "sampled"):
-        keys = ("steps", "tokens", "repeats", "truncated")
-        lines = [[name, *(f"{means[name][way][k]:.2f}" for k in keys)] for name in sets]
-        text.append(markdown([f"{way}, per answer", *keys], lines))
-    print("\n" + "\n\n".join(text))
-    write(folder / "results.md", "\n\n".join(text) + "\n")
-    everything = {"options": asdict(o), "problems": sizes, "results": results, "means": means}
-    write(folder / "results.json", json.dumps(everything, indent=1))
-
-
 def evaluate_reward_models(o: Options, rank: int, world: int, device) -> None:
     Path(o.out).parent.mkdir(parents=True, exist_ok=True)
     judges = {kind: Judge(o, kind, device) for kind in ("orm", "prm") if getattr(o, kind)}
@@ -991,6 +1088,8 @@ def evaluate_reward_models(o: Options, rank: int, world: int, device) -> None:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["show"]:
+        return show(sys.argv[2:])
     o, known = parse()
     if o.runs:
         runs = [last_evaluation(folder) for folder in o.runs]

@@ -99,44 +99,6 @@ DOUBT = re.compile(r"\b(?:not|more|less|fewer|than|root|least|most|except|betwee
 JOINT = re.compile(r"[,;+&]*|(?:,|[a-z]+|for part \([a-z]\))?(?:and|or)(?:[a-z](?:_\d)?=)?")  # between boxes of one answer
 
 
-def extract(text: str) -> str | None:
-    r"""The final answer in a response or a reference solution, None if there is none.
-
-    The last \boxed{}, else what follows the last ####, else "answer is" or "answer:", else a text that is nothing but an
-    answer, else the last $math$ or the last number, whichever is later."""
-    text = text[-MAX_TEXT:]
-    if answer := marked_answer(text):
-        return answer
-    text = FILLER.sub("", text.strip().strip("`*"))
-    if is_bare(text):
-        return text or None
-    tail = re.split(r"\b(?:is|are|equals|at)\b", text.rpartition("\n")[2].rstrip(" ."))[-1].strip()  # The area is 8π.
-    clear = re.search(r"[0-9√π∞]", tail) and is_bare(tail) and not DOUBT.search(tail)
-    return last_in_prose(text) or (tail if clear else None)
-
-
-def marked_answer(text: str) -> str | None:
-    """The answer that the text itself points out. Empty ones do not count: prompts are quoted with an empty box."""
-    text = text[-MAX_TEXT:]
-    before, final, rest = text.rpartition("final answer is")
-    line = first_statement(rest) if "boxed" in before and "boxed" not in rest else ""
-    if not (line and is_bare(line)):  # of a box and the final answer, the later one counts
-        if boxed := boxed_answer(text):
-            return boxed
-        _, found, rest = text.rpartition("####")
-        if not found:
-            rest = text[marked_position(text) :]
-        line = first_statement(rest)
-    if not is_bare(line):  # "Final answer: $3$, since x is 5", "Final answer: the largest n is 34"
-        if first := FIRST_SEGMENT.match(line):
-            line = first[1] or first[2]
-        elif len(NUMBER.findall(line)) <= 1 and not DOUBT.search(line):
-            line = last_in_prose(line) or line
-    if line.count("$") % 2 == 0 and r"\$" not in line:  # $5$ m
-        line = line.replace("$", " ")
-    return line.lstrip(" $*").rstrip(" .$*\r") or None
-
-
 def marked_position(text: str) -> int:
     """Where the last "answer is", "Answer:", "A: ", ... ends; the end of the text, if there is none."""
     lower, marks = text.lower(), []
@@ -223,7 +185,46 @@ def last_in_prose(text: str) -> str | None:
     return found
 
 
+def marked_answer(text: str) -> str | None:
+    """The answer that the text itself points out. Empty ones do not count: prompts are quoted with an empty box."""
+    text = text[-MAX_TEXT:]
+    before, final, rest = text.rpartition("final answer is")
+    line = first_statement(rest) if "boxed" in before and "boxed" not in rest else ""
+    if not (line and is_bare(line)):  # of a box and the final answer, the later one counts
+        if boxed := boxed_answer(text):
+            return boxed
+        _, found, rest = text.rpartition("####")
+        if not found:
+            rest = text[marked_position(text) :]
+        line = first_statement(rest)
+    if not is_bare(line):  # "Final answer: $3$, since x is 5", "Final answer: the largest n is 34"
+        if first := FIRST_SEGMENT.match(line):
+            line = first[1] or first[2]
+        elif len(NUMBER.findall(line)) <= 1 and not DOUBT.search(line):
+            line = last_in_prose(line) or line
+    if line.count("$") % 2 == 0 and r"\$" not in line:  # $5$ m
+        line = line.replace("$", " ")
+    return line.lstrip(" $*").rstrip(" .$*\r") or None
+
+
+def extract(text: str) -> str | None:
+    r"""The final answer in a response or a reference solution, None if there is none.
+
+    The last \boxed{}, else what follows the last ####, else "answer is" or "answer:", else a text that is nothing but an
+    answer, else the last $math$ or the last number, whichever is later."""
+    text = text[-MAX_TEXT:]
+    if answer := marked_answer(text):
+        return answer
+    text = FILLER.sub("", text.strip().strip("`*"))
+    if is_bare(text):
+        return text or None
+    tail = re.split(r"\b(?:is|are|equals|at)\b", text.rpartition("\n")[2].rstrip(" ."))[-1].strip()  # The area is 8π.
+    clear = re.search(r"[0-9√π∞]", tail) and is_bare(tail) and not DOUBT.search(tail)
+    return last_in_prose(text) or (tail if clear else None)
+
+
 # ------------------------------------------------------------------------------------------------ spelling
+
 
 PLAIN = re.compile(  # -5, 1,234.5, .5, and with a decimal comma 1,50 and 0,125
     r"([-+]?)(?=\.?\d)(?:(\d{1,300})|(\d{1,3}(?:,\d{3}){1,99}))?(?:\.(\d{0,300})|,(\d\d)|(?<=\b0),(\d{3,99}))?", re.ASCII
@@ -368,6 +369,36 @@ TOKEN = re.compile(
 )
 
 
+def is_product(word: str) -> bool:
+    """Are these letters a product, as xy, abc, nRT and AB are? Longer words, and those with a vowel, are none."""
+    if len(word) <= 2:
+        return word not in SHORT_WORDS
+    consonants = not set(word.lower()) & set("aeiouy")
+    return len(word) <= 4 and (word.isupper() or consonants or "".join(sorted(word)) in "abcdefghijklmnopqrstuvwxyz")
+
+
+def repeating_decimal(text: str) -> Fraction:
+    r"""0.1\overline{6} = 1/6, also 0.(6), and 0.1666... if its last digits repeat at least three times."""
+    whole, _, rest = text.replace(" ", "").partition(".")
+    pattern = r"(\d*?)(\d{1,9}?)\2{2,}\.\.\." if rest.endswith("...") else r"(\d*)\D+(\d+)\W?"
+    match = re.fullmatch(pattern, rest)
+    if not match or len(text) > 300:
+        raise Unparsed("which digits repeat?")
+    fixed, period = match.groups()
+    return (int(whole + fixed or "0") + Fraction(int(period), 10 ** len(period) - 1)) / 10 ** len(fixed)
+
+
+UNIT_NAMES = {  # unit: its spellings, without a plural s
+    "%": "percent percentage pct", "$": "dollar usd buck", "€": "euro", "¢": "cent", "°": "degree deg", "cm": "centimeter "
+    "centimetre", "mm": "millimeter millimetre", "m": "meter metre", "km": "kilometer kilometre", "in": "inche inch",
+    "ft": "foot feet", "yd": "yard", "mi": "mile", "g": "gram", "kg": "kilogram", "mg": "milligram", "l": "liter litre",
+    "ml": "milliliter", "oz": "ounce", "pound": "lb", "hour": "hr h", "minute": "min", "second": "sec s", "square": "sq",
+    "person": "people", "man": "men", "woman": "women", "child": "children",
+    "gallon": "gal", "cubic": "cu", "mi / hour": "mph", "yen": "¥",
+}  # fmt: skip
+UNIT_NAMES = {spelling: unit for unit, spellings in UNIT_NAMES.items() for spelling in spellings.split()}
+
+
 def tokenize(answer: str) -> list[tuple[str, object, bool]]:
     """(kind, value, after a blank?) for each token; the kinds are number, value, variable, text, and symbol for the rest."""
     tokens, depth, blank = [], 0, False
@@ -421,12 +452,8 @@ def tokenize(answer: str) -> list[tuple[str, object, bool]]:
     return tokens
 
 
-def is_product(word: str) -> bool:
-    """Are these letters a product, as xy, abc, nRT and AB are? Longer words, and those with a vowel, are none."""
-    if len(word) <= 2:
-        return word not in SHORT_WORDS
-    consonants = not set(word.lower()) & set("aeiouy")
-    return len(word) <= 4 and (word.isupper() or consonants or "".join(sorted(word)) in "abcdefghijklmnopqrstuvwxyz")
+def simple(x: Fraction) -> int | Fraction:
+    return x.numerator if x.denominator == 1 else x
 
 
 def to_number(text: str) -> int | Fraction:
@@ -438,19 +465,143 @@ def to_number(text: str) -> int | Fraction:
     return simple(Fraction(int(whole + decimals or "0"), 10 ** len(decimals)) * Fraction(10) ** int(exponent or 0))
 
 
-def repeating_decimal(text: str) -> Fraction:
-    r"""0.1\overline{6} = 1/6, also 0.(6), and 0.1666... if its last digits repeat at least three times."""
-    whole, _, rest = text.replace(" ", "").partition(".")
-    pattern = r"(\d*?)(\d{1,9}?)\2{2,}\.\.\." if rest.endswith("...") else r"(\d*)\D+(\d+)\W?"
-    match = re.fullmatch(pattern, rest)
-    if not match or len(text) > 300:
-        raise Unparsed("which digits repeat?")
-    fixed, period = match.groups()
-    return (int(whole + fixed or "0") + Fraction(int(period), 10 ** len(period) - 1)) / 10 ** len(fixed)
+def kind_of(node) -> str:
+    return node[0] if isinstance(node, tuple) else "number"
 
 
-def simple(x: Fraction) -> int | Fraction:
-    return x.numerator if x.denominator == 1 else x
+def substitute(node, old, new):
+    if node == old:
+        return new
+    return tuple(substitute(child, old, new) for child in node) if isinstance(node, tuple) else node
+
+
+def children(node) -> list:
+    """The nodes inside of a node; what else it holds are strings."""
+    return [child for child in node[1:] if not isinstance(child, str)] if isinstance(node, tuple) else []
+
+
+def walk(node):
+    yield node
+    for child in children(node):
+        yield from walk(child)
+
+
+def variables(node) -> set:
+    return {n for n in walk(node) if kind_of(n) in ("variable", "text")}
+
+
+def is_name(node) -> bool:
+    r"""May this stand before "=" as a value's name? x, x_1, f(x), AB, |AB|, (x, y), \sin A, AB/CD, but not 2x or x+y."""
+    kind = kind_of(node)
+    if kind in ("variable", "call", "text") or node in (("constant", "i"), ("constant", "e")):
+        return True
+    if kind in ("*", "/"):
+        lower = [n for n in children(node) if kind_of(n) == "variable" and re.match("[a-z](?<!d)|d$", n[1])]  # but dy/dx
+        return not lower and all(map(is_name, children(node)))
+    if kind == "fn":
+        return all(is_name(n) and all(v[1][:1].isupper() or v[1][0] == "\\" for v in variables(n)) for n in children(node))
+    return kind in ("ratio", "seq", "'") and all(map(is_name, children(node)))
+
+
+def names_in(node) -> set:
+    """The names of an inequality or equation: of 0 < f(x) < 1 only f(x)."""
+    return {node} if is_name(node) else set().union(*map(names_in, children(node)))
+
+
+def is_list(node, *brackets: str) -> bool:
+    return kind_of(node) == "seq" and node[1] in (brackets or UNORDERED)
+
+
+def arguments(node) -> tuple:
+    return node[2:] if kind_of(node) == "seq" else (node,)
+
+
+def exact(x) -> bool:
+    return type(x) is int or type(x) is Fraction  # isinstance takes three times as long
+
+
+def is_proper(fraction) -> bool:
+    return kind_of(fraction) == "/" and type(fraction[1]) is type(fraction[2]) is int and 0 < fraction[1] < fraction[2]
+
+
+def mixed(whole: int, fraction):
+    if not is_proper(fraction):
+        raise Unparsed("not a mixed number")
+    return whole + Fraction(fraction[1], fraction[2])
+
+
+def matrix(rows):
+    return ("matrix", len(rows[0]), *(cell for row in rows for cell in row))
+
+
+def rows_of(node):
+    return [node[i : i + node[1]] for i in range(2, len(node), node[1])] if kind_of(node) == "matrix" else None
+
+
+def plus(*terms):
+    rows = [rows_of(term) for term in terms]
+    if len(terms) == 1 or not all(rows):
+        return ("+", *terms) if len(terms) > 1 else terms[0]
+    if len({(len(r), len(r[0])) for r in rows}) > 1:
+        raise Unparsed("matrices of different shapes")
+    return matrix([[plus(*cells) for cells in zip(*lines)] for lines in zip(*rows)])
+
+
+def times(x, y):
+    """The product; of matrices and a number, or two matrices, the matrix."""
+    rows_x, rows_y = rows_of(x), rows_of(y)
+    if rows_x and rows_y:
+        if len(rows_x[0]) != len(rows_y) or len(rows_x) * len(rows_y[0]) * len(rows_y) > MAX_ITEMS:
+            raise Unparsed("matrices of these shapes have no product")
+        return matrix([[plus(*map(times, row, column)) for column in zip(*rows_y)] for row in rows_x])
+    if rows_x or rows_y:
+        return matrix([[times(y if rows_x else x, cell) for cell in row] for row in rows_x or rows_y])
+    if x == -1 and exact(y):
+        return -y
+    return (y[0], times(-1, y[1]), *y[2:]) if x == -1 and kind_of(y) in ("unit", "%", "°") else ("*", x, y)
+
+
+def determinant(rows):
+    if len(rows) != len(rows[0]) or len(rows) > 4:
+        raise Unparsed("no determinant")
+    if len(rows) == 1:
+        return rows[0][0]
+    minors = ([row[:j] + row[j + 1 :] for row in rows[1:]] for j in range(len(rows)))
+    return plus(*(times((-1) ** j, times(rows[0][j], determinant(minor))) for j, minor in enumerate(minors)))
+
+
+SMALL_NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+# A text behind a number that changes its value is no unit: 5\text{ million}, 2\text{ pi}, 5\text{ or more}.
+NO_UNIT = set(
+    "and or not more less fewer than above below least most over under base remainder pi hundred thousand million "
+    "billion trillion quadrillion dozen score ten half halves third quarter fourth fifth sixth seventh eighth ninth tenth "
+    "eleventh twelfth hundredth thousandth millionth squared cubed factorial choose times plus minus negative if for where "
+    "when with is are to maybe except root divided halved doubled tripled bn mn mil mln grand by until through".split()
+)
+
+
+def canonical_unit(words: list[str]) -> str:
+    r"""One name for a unit: "square centimeters", cm^2 and "sq cm" are "cm^2". Raises Unparsed for what is no unit."""
+    text = re.sub("[.{}*]", "", " ".join(words).lower()).replace("per cent", "percent").replace("per ", "/ ")
+    power, names = "", []
+    for plural in text.replace("/", " / ").replace("^ ", "^").split():
+        word, _, exponent = plural.partition("^")
+        word = word.removesuffix("s") if len(word) > 2 and not word.endswith("ss") else word
+        if word in ("squared", "cubed") and names:
+            names[-1] += "^2" if word == "squared" else "^3"
+            continue
+        word = UNIT_NAMES.get(word, word) + (f"^{exponent}" if exponent else "")
+        counted = re.search(r"(?:teen|ie)th$|(?<!\^)(?<!\^-)[0-9(\[=<>]", word)  # 5 sixteenths, 5 out of 6
+        if counted or {word, plural} & (NO_UNIT | set(SMALL_NUMBERS)):
+            raise Unparsed(f"{word!r} is no unit")
+        if word in ("square", "cubic"):
+            power = "^2" if word == "square" else "^3"
+        elif word.startswith("^") and names:
+            names[-1] += word
+        else:
+            names.append(word + power)
+            power = ""
+    return " ".join(names) or "unit" + power
 
 
 class Parser:
@@ -834,154 +985,6 @@ class Parser:
         return determinant(rows) if name == "vmatrix" else matrix(rows)
 
 
-def kind_of(node) -> str:
-    return node[0] if isinstance(node, tuple) else "number"
-
-
-def children(node) -> list:
-    """The nodes inside of a node; what else it holds are strings."""
-    return [child for child in node[1:] if not isinstance(child, str)] if isinstance(node, tuple) else []
-
-
-def walk(node):
-    yield node
-    for child in children(node):
-        yield from walk(child)
-
-
-def substitute(node, old, new):
-    if node == old:
-        return new
-    return tuple(substitute(child, old, new) for child in node) if isinstance(node, tuple) else node
-
-
-def variables(node) -> set:
-    return {n for n in walk(node) if kind_of(n) in ("variable", "text")}
-
-
-def is_name(node) -> bool:
-    r"""May this stand before "=" as a value's name? x, x_1, f(x), AB, |AB|, (x, y), \sin A, AB/CD, but not 2x or x+y."""
-    kind = kind_of(node)
-    if kind in ("variable", "call", "text") or node in (("constant", "i"), ("constant", "e")):
-        return True
-    if kind in ("*", "/"):
-        lower = [n for n in children(node) if kind_of(n) == "variable" and re.match("[a-z](?<!d)|d$", n[1])]  # but dy/dx
-        return not lower and all(map(is_name, children(node)))
-    if kind == "fn":
-        return all(is_name(n) and all(v[1][:1].isupper() or v[1][0] == "\\" for v in variables(n)) for n in children(node))
-    return kind in ("ratio", "seq", "'") and all(map(is_name, children(node)))
-
-
-def names_in(node) -> set:
-    """The names of an inequality or equation: of 0 < f(x) < 1 only f(x)."""
-    return {node} if is_name(node) else set().union(*map(names_in, children(node)))
-
-
-def is_list(node, *brackets: str) -> bool:
-    return kind_of(node) == "seq" and node[1] in (brackets or UNORDERED)
-
-
-def arguments(node) -> tuple:
-    return node[2:] if kind_of(node) == "seq" else (node,)
-
-
-def exact(x) -> bool:
-    return type(x) is int or type(x) is Fraction  # isinstance takes three times as long
-
-
-def mixed(whole: int, fraction):
-    if not is_proper(fraction):
-        raise Unparsed("not a mixed number")
-    return whole + Fraction(fraction[1], fraction[2])
-
-
-def is_proper(fraction) -> bool:
-    return kind_of(fraction) == "/" and type(fraction[1]) is type(fraction[2]) is int and 0 < fraction[1] < fraction[2]
-
-
-def matrix(rows):
-    return ("matrix", len(rows[0]), *(cell for row in rows for cell in row))
-
-
-def rows_of(node):
-    return [node[i : i + node[1]] for i in range(2, len(node), node[1])] if kind_of(node) == "matrix" else None
-
-
-def plus(*terms):
-    rows = [rows_of(term) for term in terms]
-    if len(terms) == 1 or not all(rows):
-        return ("+", *terms) if len(terms) > 1 else terms[0]
-    if len({(len(r), len(r[0])) for r in rows}) > 1:
-        raise Unparsed("matrices of different shapes")
-    return matrix([[plus(*cells) for cells in zip(*lines)] for lines in zip(*rows)])
-
-
-def times(x, y):
-    """The product; of matrices and a number, or two matrices, the matrix."""
-    rows_x, rows_y = rows_of(x), rows_of(y)
-    if rows_x and rows_y:
-        if len(rows_x[0]) != len(rows_y) or len(rows_x) * len(rows_y[0]) * len(rows_y) > MAX_ITEMS:
-            raise Unparsed("matrices of these shapes have no product")
-        return matrix([[plus(*map(times, row, column)) for column in zip(*rows_y)] for row in rows_x])
-    if rows_x or rows_y:
-        return matrix([[times(y if rows_x else x, cell) for cell in row] for row in rows_x or rows_y])
-    if x == -1 and exact(y):
-        return -y
-    return (y[0], times(-1, y[1]), *y[2:]) if x == -1 and kind_of(y) in ("unit", "%", "°") else ("*", x, y)
-
-
-def determinant(rows):
-    if len(rows) != len(rows[0]) or len(rows) > 4:
-        raise Unparsed("no determinant")
-    if len(rows) == 1:
-        return rows[0][0]
-    minors = ([row[:j] + row[j + 1 :] for row in rows[1:]] for j in range(len(rows)))
-    return plus(*(times((-1) ** j, times(rows[0][j], determinant(minor))) for j, minor in enumerate(minors)))
-
-
-SMALL_NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-UNIT_NAMES = {  # unit: its spellings, without a plural s
-    "%": "percent percentage pct", "$": "dollar usd buck", "€": "euro", "¢": "cent", "°": "degree deg", "cm": "centimeter "
-    "centimetre", "mm": "millimeter millimetre", "m": "meter metre", "km": "kilometer kilometre", "in": "inche inch",
-    "ft": "foot feet", "yd": "yard", "mi": "mile", "g": "gram", "kg": "kilogram", "mg": "milligram", "l": "liter litre",
-    "ml": "milliliter", "oz": "ounce", "pound": "lb", "hour": "hr h", "minute": "min", "second": "sec s", "square": "sq",
-    "person": "people", "man": "men", "woman": "women", "child": "children",
-    "gallon": "gal", "cubic": "cu", "mi / hour": "mph", "yen": "¥",
-}  # fmt: skip
-UNIT_NAMES = {spelling: unit for unit, spellings in UNIT_NAMES.items() for spelling in spellings.split()}
-# A text behind a number that changes its value is no unit: 5\text{ million}, 2\text{ pi}, 5\text{ or more}.
-NO_UNIT = set(
-    "and or not more less fewer than above below least most over under base remainder pi hundred thousand million "
-    "billion trillion quadrillion dozen score ten half halves third quarter fourth fifth sixth seventh eighth ninth tenth "
-    "eleventh twelfth hundredth thousandth millionth squared cubed factorial choose times plus minus negative if for where "
-    "when with is are to maybe except root divided halved doubled tripled bn mn mil mln grand by until through".split()
-)
-
-
-def canonical_unit(words: list[str]) -> str:
-    r"""One name for a unit: "square centimeters", cm^2 and "sq cm" are "cm^2". Raises Unparsed for what is no unit."""
-    text = re.sub("[.{}*]", "", " ".join(words).lower()).replace("per cent", "percent").replace("per ", "/ ")
-    power, names = "", []
-    for plural in text.replace("/", " / ").replace("^ ", "^").split():
-        word, _, exponent = plural.partition("^")
-        word = word.removesuffix("s") if len(word) > 2 and not word.endswith("ss") else word
-        if word in ("squared", "cubed") and names:
-            names[-1] += "^2" if word == "squared" else "^3"
-            continue
-        word = UNIT_NAMES.get(word, word) + (f"^{exponent}" if exponent else "")
-        counted = re.search(r"(?:teen|ie)th$|(?<!\^)(?<!\^-)[0-9(\[=<>]", word)  # 5 sixteenths, 5 out of 6
-        if counted or {word, plural} & (NO_UNIT | set(SMALL_NUMBERS)):
-            raise Unparsed(f"{word!r} is no unit")
-        if word in ("square", "cubic"):
-            power = "^2" if word == "square" else "^3"
-        elif word.startswith("^") and names:
-            names[-1] += word
-        else:
-            names.append(word + power)
-            power = ""
-    return " ".join(names) or "unit" + power
-
-
 # ------------------------------------------------------------------------------------------------ numbers
 
 
@@ -993,6 +996,13 @@ class Point(dict):
     """Values of variables. If `real`, roots and logarithms must be, too: sqrt(x) sqrt(x) is x only where it is defined."""
 
     real = True
+
+
+@lru_cache(None)
+def random_numbers(i: int) -> list[Fraction]:
+    """Fifty between 0.1 and 1: the same in every process, but hardly the roots of anything."""
+    rng = random.Random(i)
+    return [Fraction(rng.randrange(10**5, 10**6), 10**6 + 3) for _ in range(50)]
 
 
 def points(names: set, literals: set = frozenset()):
@@ -1009,13 +1019,6 @@ def points(names: set, literals: set = frozenset()):
                 j = (i * (k + 1)) % (len(ends) - 1)
                 point[name] = ends[j] + x * (ends[j + 1] - ends[j])
         yield point
-
-
-@lru_cache(None)
-def random_numbers(i: int) -> list[Fraction]:
-    """Fifty between 0.1 and 1: the same in every process, but hardly the roots of anything."""
-    rng = random.Random(i)
-    return [Fraction(rng.randrange(10**5, 10**6), 10**6 + 3) for _ in range(50)]
 
 
 def inexact(x):
@@ -1036,40 +1039,6 @@ def limited(bits: int, *values) -> list:
     if any(mp.isinf(x) or (x != 0 and mp.mag(x) > bits) for x in values):
         raise Unparsed("too large")
     return values
-
-
-def value(node, point: Point):
-    """The value of an expression: int or Fraction where it is exact, else mpf or mpc, to mp.dps digits.
-
-    Raises Undefined where there is none, Unparsed if it is no number at all, or too large a one."""
-    if exact(node):
-        return node
-    kind, *args = node
-    if kind in ("variable", "text"):
-        if node[1] == "..." or node not in point:
-            raise Unparsed("no number") if node[1] == "..." else Undefined
-        return point[node]
-    if kind == "constant":
-        constant = {"π": mp.pi, "e": mp.e, "i": mp.j, "∞": mp.inf}[args[0]]
-        return checked(constant * mp.one, point)
-    if kind == "call":
-        return unknown(args[0], *(value(x, point) for x in args[1:]))
-    if kind == "big":
-        return big_value(*args, point)
-    if kind in ("%", "°"):
-        return value(("*", args[0], Fraction(1, 100) if kind == "%" else ("/", ("constant", "π"), 180)), point)
-    if kind == "fn":
-        kind, *args = args
-    operation = OPERATIONS.get("/" if kind == "ratio" and len(args) == 2 else kind)
-    if not operation and kind not in FUNCTIONS:
-        raise Unparsed(f"no number: {kind}")
-    values = [value(arg, point) for arg in args]
-    if any(not exact(x) and mp.isinf(x) for x in values) and (kind != "*" or args[0] != -1):
-        raise Undefined  # there is no calculating with infinity, but with its sign
-    try:
-        return checked(operation(point, *values) if operation else function(kind, point, *values), point)
-    except (ZeroDivisionError, ValueError, TypeError):  # 1/0, tan at its pole, the factorial of -1, the floor of i
-        raise Undefined from None
 
 
 def checked(x, point: Point):
@@ -1102,6 +1071,15 @@ def divide(point, x, y):
     return Fraction(x) / y if exact(x) and exact(y) else inexact(x) / inexact(y)
 
 
+def exact_root(x: int | Fraction, n: int):
+    """The n-th root of x >= 0 if it is rational, else None."""
+    if size(x) > 10_000 or n > 100:
+        return None
+    with mp.workprec(size(x) + 20):
+        roots = [int(mp.nint(mp.root(k, n))) for k in (x.numerator, x.denominator)]
+    return simple(Fraction(*roots)) if roots[0] ** n == x.numerator and roots[1] ** n == x.denominator else None
+
+
 def power(point, x, y):
     if isinstance(y, int) and exact(x) and (abs(y) * size(x) <= MAX_BITS or x in (0, 1, -1)):
         return Fraction(x) ** y
@@ -1121,15 +1099,6 @@ def root(point, n, x):
     if point.real and isinstance(n, int) and n % 2 and mp.re(inexact(x)) < 0:
         return -root(point, n, -x)
     return power(point, x, checked(divide(point, 1, n), point))
-
-
-def exact_root(x: int | Fraction, n: int):
-    """The n-th root of x >= 0 if it is rational, else None."""
-    if size(x) > 10_000 or n > 100:
-        return None
-    with mp.workprec(size(x) + 20):
-        roots = [int(mp.nint(mp.root(k, n))) for k in (x.numerator, x.denominator)]
-    return simple(Fraction(*roots)) if roots[0] ** n == x.numerator and roots[1] ** n == x.denominator else None
 
 
 def factorial(point, n, step: int = 1):
@@ -1199,6 +1168,48 @@ def big_value(name: str, index, low, high, term, point: Point):
     return result
 
 
+def value(node, point: Point):
+    """The value of an expression: int or Fraction where it is exact, else mpf or mpc, to mp.dps digits.
+
+    Raises Undefined where there is none, Unparsed if it is no number at all, or too large a one."""
+    if exact(node):
+        return node
+    kind, *args = node
+    if kind in ("variable", "text"):
+        if node[1] == "..." or node not in point:
+            raise Unparsed("no number") if node[1] == "..." else Undefined
+        return point[node]
+    if kind == "constant":
+        constant = {"π": mp.pi, "e": mp.e, "i": mp.j, "∞": mp.inf}[args[0]]
+        return checked(constant * mp.one, point)
+    if kind == "call":
+        return unknown(args[0], *(value(x, point) for x in args[1:]))
+    if kind == "big":
+        return big_value(*args, point)
+    if kind in ("%", "°"):
+        return value(("*", args[0], Fraction(1, 100) if kind == "%" else ("/", ("constant", "π"), 180)), point)
+    if kind == "fn":
+        kind, *args = args
+    operation = OPERATIONS.get("/" if kind == "ratio" and len(args) == 2 else kind)
+    if not operation and kind not in FUNCTIONS:
+        raise Unparsed(f"no number: {kind}")
+    values = [value(arg, point) for arg in args]
+    if any(not exact(x) and mp.isinf(x) for x in values) and (kind != "*" or args[0] != -1):
+        raise Undefined  # there is no calculating with infinity, but with its sign
+    try:
+        return checked(operation(point, *values) if operation else function(kind, point, *values), point)
+    except (ZeroDivisionError, ValueError, TypeError):  # 1/0, tan at its pole, the factorial of -1, the floor of i
+        raise Undefined from None
+
+
+def magnitude(node) -> float:
+    """Of an exponent, roughly, and at most a billion."""
+    try:
+        return 10 if variables(node) else float(min(abs(inexact(value(node, Point()))), 10**9))
+    except Undefined:
+        return 10
+
+
 def digits(node) -> float:
     """How many digits are written in an expression, its powers multiplied out: it takes more to tell its value apart."""
     if exact(node):
@@ -1215,14 +1226,6 @@ def digits(node) -> float:
     if node[0] == "fn" and node[1] in ("exp", "sinh", "cosh", "tanh", "coth", "sech", "csch"):
         return inside + 1 + magnitude(node[2])
     return 0 if node == ("constant", "i") else 1 + inside
-
-
-def magnitude(node) -> float:
-    """Of an exponent, roughly, and at most a billion."""
-    try:
-        return 10 if variables(node) else float(min(abs(inexact(value(node, Point()))), 10**9))
-    except Undefined:
-        return 10
 
 
 def digits_needed(*nodes) -> int:
@@ -1307,6 +1310,7 @@ def proportional(a, b, positive: bool = False) -> bool:
 
 # ------------------------------------------------------------------------------------------------ answers
 
+
 MONTHS = "january february march april may june july august september october november december".split()
 SYNONYMS = {
     "all real numbers": ("ℝ",), "all reals": ("ℝ",), "empty set": ("seq", r"\{\}"), "dne": ("text", "does not exist"),
@@ -1315,46 +1319,6 @@ SYNONYMS = {
 CHOICE = re.compile(r"\(?([A-J])\)?")
 OPTION = re.compile(r"(?:[Oo]ption |[Cc]hoice )?\(?([A-J])(?:\)|(?:\) *|[.:] +)(?!.*\b[A-J]\b)\S.*)?")  # (C) 12, C. 12
 LONG_DECIMAL = re.compile(r"[-+]?(\d*)\.(\d+)", re.ASCII)
-
-
-def compare(a: str, b: str) -> bool:
-    """Are two cleaned answers the same? Raises Unparsed. This can take long, and much memory: `Worker` bounds both."""
-    for x, y in ((a, b), (b, a)):
-        if (letter := CHOICE.fullmatch(TEXT.sub(r"\1", x))) and (option := OPTION.fullmatch(TEXT.sub(r"\1", y))):
-            return letter[1] == option[1]
-    return same(parse(a), parse(b)) or is_rounded(a, b) or is_rounded(b, a)
-
-
-@lru_cache(512)
-def parse(answer: str):
-    r"""The tree of a cleaned answer; one with \pm is the set of its values. Raises Unparsed.
-
-    Several \pm are independent, but \pm and \mp take opposite signs."""
-    count = answer.count("±") + answer.count("∓")
-    if not count:
-        return parse_one(answer)
-    if count > 7 and "∓" not in answer:
-        raise Unparsed("too many signs")
-    values = []
-    for signs in product("+-", repeat=1 if "∓" in answer else count):
-        choice = iter(signs * count if "∓" in answer else signs)
-        pieces = re.split("([±∓])", answer)
-        pieces[1::2] = [sign if mark == "±" else "+-"[sign == "+"] for mark, sign in zip(pieces[1::2], choice)]
-        node = parse_one("".join(pieces))
-        values += node[2:] if is_list(node) else [node]
-    return ("seq", r"\{\}", *values)
-
-
-def parse_one(answer: str):
-    for special in (clock_time, date, based_number, choice, phrase):
-        if node := special(answer):
-            return node
-    try:
-        return Parser(answer).answer()
-    except Unparsed:
-        if node := phrase(TEXT.sub(r" \1 ", answer), "0-9,()"):  # an address, and the like
-            return node
-        raise
 
 
 def clock_time(answer: str):
@@ -1393,6 +1357,13 @@ def choice(answer: str):
     return ("variable", match[1] or match[2]) if match else None
 
 
+def text_node(text: str):
+    """Lower case, without articles and the punctuation of prose. What may be mathematics stays: n! ways are not n ways."""
+    text = re.sub(r"(?<=[a-z])-(?=[a-z]{2})|^ ?(?:an?|the|there (?:is|are)) ", " ", text.casefold())
+    text = " ".join(re.sub(r"(?<=[a-z]{2})[.,'?!\"]+|\"", "", text).split())
+    return SYNONYMS.get(text, ("text", text))
+
+
 def phrase(answer: str, also: str = ""):
     """No solution -> ("text", "no solution"). With a word that is neither mathematics nor a product of variables."""
     words = re.findall(r"[a-zA-Z]+", answer)
@@ -1403,11 +1374,46 @@ def phrase(answer: str, also: str = ""):
     return text_node(answer)
 
 
-def text_node(text: str):
-    """Lower case, without articles and the punctuation of prose. What may be mathematics stays: n! ways are not n ways."""
-    text = re.sub(r"(?<=[a-z])-(?=[a-z]{2})|^ ?(?:an?|the|there (?:is|are)) ", " ", text.casefold())
-    text = " ".join(re.sub(r"(?<=[a-z]{2})[.,'?!\"]+|\"", "", text).split())
-    return SYNONYMS.get(text, ("text", text))
+def parse_one(answer: str):
+    for special in (clock_time, date, based_number, choice, phrase):
+        if node := special(answer):
+            return node
+    try:
+        return Parser(answer).answer()
+    except Unparsed:
+        if node := phrase(TEXT.sub(r" \1 ", answer), "0-9,()"):  # an address, and the like
+            return node
+        raise
+
+
+@lru_cache(512)
+def parse(answer: str):
+    r"""The tree of a cleaned answer; one with \pm is the set of its values. Raises Unparsed.
+
+    Several \pm are independent, but \pm and \mp take opposite signs."""
+    count = answer.count("±") + answer.count("∓")
+    if not count:
+        return parse_one(answer)
+    if count > 7 and "∓" not in answer:
+        raise Unparsed("too many signs")
+    values = []
+    for signs in product("+-", repeat=1 if "∓" in answer else count):
+        choice = iter(signs * count if "∓" in answer else signs)
+        pieces = re.split("([±∓])", answer)
+        pieces[1::2] = [sign if mark == "±" else "+-"[sign == "+"] for mark, sign in zip(pieces[1::2], choice)]
+        node = parse_one("".join(pieces))
+        values += node[2:] if is_list(node) else [node]
+    return ("seq", r"\{\}", *values)
+
+
+def split_unit(node):
+    """(number, unit) of 5 cm, 20%, 30 degrees; the unit is "" where there is none."""
+    if kind_of(node) in ("%", "°"):
+        return node[1], node[0]
+    if kind_of(node) == "unit":
+        inner, unit = split_unit(node[1])
+        return inner, " ".join(filter(None, (unit, node[2])))
+    return node, ""
 
 
 def is_rounded(a: str, b: str) -> bool:
@@ -1431,14 +1437,256 @@ def is_rounded(a: str, b: str) -> bool:
         return False
 
 
-def split_unit(node):
-    """(number, unit) of 5 cm, 20%, 30 degrees; the unit is "" where there is none."""
-    if kind_of(node) in ("%", "°"):
-        return node[1], node[0]
-    if kind_of(node) == "unit":
-        inner, unit = split_unit(node[1])
-        return inner, " ".join(filter(None, (unit, node[2])))
-    return node, ""
+def same_time(a, b) -> bool:
+    if kind_of(a) == kind_of(b):
+        known = a[3] == b[3] or any(not 60 <= n[1] < 780 for n in (a, b) if not n[3])  # 16:30 is in the afternoon
+        return a[2] == b[2] and (a[1] == b[1] if known else a[1] % 720 == b[1] % 720)
+    clock, other = (a, b) if kind_of(a) == "clock" else (b, a)  # 7:32 may be a ratio
+    plain = kind_of(other) == "ratio" and clock[2] == 0 and not clock[3]
+    return plain and same(("ratio", clock[1] // 60, clock[1] % 60), other)
+
+
+def is_definition(named) -> bool:
+    """f(x) = ... of one variable, but not x_1 = ..., f'(x) = ... or f^{-1}(x) = ..."""
+    name = named[1]
+    return kind_of(name) == "call" and len(name) == 3 and name[1].isalpha() and kind_of(name[2]) == "variable"
+
+
+def difference(left, right):
+    return plus(split_unit(left)[0], times(-1, split_unit(right)[0]))
+
+
+def same_equation(a, b) -> bool:
+    """x = 5 is 5, but not y = 5; f(x) = 2x is y = 2x; y = 2x is the equation 4x - 2y = 0."""
+    if kind_of(a) != "named":
+        a, b = b, a
+    if kind_of(a) == "named":
+        _, name, content = a
+        if kind_of(b) not in ("named", "equation"):
+            return same(content, b)
+        if kind_of(b) == "named":
+            if is_definition(a) and is_definition(b) and name[1] == b[1][1]:
+                b = substitute(b, b[1][2], name[2])  # f(x) = 2x is f(n) = 2n
+            if name == b[1]:
+                return same(content, b[2])
+            if not (variables(content) and variables(b[2])):
+                return False
+            others = [kind_of(y[1]) for x, y in ((a, b), (b, a)) if is_definition(x)]
+            if "variable" in others and not {name, b[1]} & variables(content) and same(content, b[2]):
+                return True
+    elif kind_of(a) != kind_of(b):  # (x+1)^2 = x^2+2x+1 is as good as its right side, but x+y = 5 is not 5
+        equation, other = (a, b) if kind_of(a) == "equation" else (b, a)
+        return kind_of(other) in ("number", "+", "*", "^", "/") and equal(*equation[1:]) and same(equation[2], other)
+    if any(kind_of(side) in ("seq", "matrix", "text", "order") for side in a[1:] + b[1:]):
+        return False
+    units_a, units_b = ({split_unit(side)[1] for side in node[1:]} - {""} for node in (a, b))
+    if units_a and units_b and units_a != units_b:
+        return False
+    return proportional(difference(*a[1:]), difference(*b[1:]))
+
+
+def same_item(x, y) -> bool:
+    """{{1}} is not {1}, although the answer {1} is as good as 1."""
+    return is_list(x, r"\{\}") == is_list(y, r"\{\}") and same(x, y)
+
+
+def matched(items_a, items_b) -> bool:
+    rest = list(items_b)
+    for x in items_a:
+        found = next((i for i, y in enumerate(rest) if same_item(x, y)), None)
+        if found is None:
+            return False
+        del rest[found]
+    return True
+
+
+def base_name(named):
+    """The name without its index: x_1 = 2, x_2 = 3 are two values of x."""
+    return named[1][1] if named[1][0] == "call" and named[1][1].endswith("_") else named[1]
+
+
+def shared_name(node):
+    """The x of "x = 1, 2"."""
+    first, *rest = node[2:] if is_list(node, "") else (node,)
+    return first[1] if kind_of(first) == "named" and rest and all(kind_of(item) != "named" for item in rest) else None
+
+
+def elements(node) -> list | None:
+    if not is_list(node):
+        return None if kind_of(node) in ("seq", "matrix", "equation", "text") else [node]
+    return [item[2] if shared_name(node) and kind_of(item) == "named" else item for item in node[2:]]
+
+
+def unique(items: list) -> list:
+    kept = []
+    for x in items:
+        if not any(same(x, y) for y in kept):
+            kept.append(x)
+    return kept
+
+
+def same_list(a, b) -> bool:
+    """Unordered, and a set is as good as a list; but x = 1, y = 2 go by their names, or by their order if the other side
+    has none, and what stands in round brackets is ordered."""
+    for x, y in ((a, b), (b, a)):
+        named = [kind_of(item) == "named" for item in children(y)] if kind_of(y) == "seq" else []
+        if is_list(x, "") and named and all(kind_of(item) == "named" for item in x[2:]):
+            names = {base_name(item) for item in x[2:]}
+            if 1 < len(names) == len(x) - 2 and not any(named):
+                if y[1] not in ("", "()"):
+                    return False
+                items = sorted(x[2:], key=lambda item: str(item[1])) if y[1] else x[2:]  # y=2, x=1 is the point (1,2)
+                return len(x) == len(y) and all(map(same, (item[2] for item in items), y[2:]))
+            if all(named):  # (x, y) = (1, 2)
+                return len(x) == len(y) and matched(x[2:], y[2:])
+        if kind_of(x) == "named" and is_list(x[2]):
+            return same(x[2], y)
+    for x, y in ((a, b), (b, a)):
+        if shared_name(x) and len({item[1] for item in children(y) if kind_of(item) == "named"}) > 1:
+            return False
+    items_a, items_b = elements(a), elements(b)
+    if items_a is None or items_b is None or (shared_name(a) and shared_name(b) and shared_name(a) != shared_name(b)):
+        return False
+    sets = is_list(a, *UNORDERED[1:]) or is_list(b, *UNORDERED[1:])
+    if sets or all(kind_of(x) == "seq" for x in items_a):  # but 2, 2, 3 is not 2, 3
+        items_a, items_b = unique(items_a), unique(items_b)
+    return len(items_a) == len(items_b) and matched(items_a, items_b)
+
+
+def is_interval(node) -> bool:
+    return kind_of(node) == "seq" and len(node) == 4 and node[1] in INTERVALS[1:]
+
+
+X, BOUND = ("variable", "x"), ("variable", "bound")  # the unknown of an inequality; of {y : y > 3}, whatever its name
+
+
+def is_absolute(node) -> bool:
+    return kind_of(node) == "fn" and node[1] == "abs" and X in walk(node)
+
+
+def roots(left, right, name) -> list:
+    """Where left = right, both linear in the name, or in absolute values, of which either sign may be right."""
+    if {left, right} & {("constant", "∞"), ("*", -1, ("constant", "∞"))}:
+        return []
+    gaps = [substitute(difference(left, right), name, X)]
+    while absolute := next((n for gap in gaps for n in walk(gap) if is_absolute(n)), None):
+        gaps = [substitute(gap, absolute, times(sign, absolute[2])) for gap in gaps for sign in (1, -1)]
+        if len(gaps) > 8:
+            raise Undefined
+    found = []
+    for gap in gaps:
+        at = {x: inexact(value(gap, Point({X: x}))) for x in (0, 1, 2, Fraction(10**7, 7), -Fraction(10**7, 9))}
+        slope = at[1] - at[0]
+        if slope == 0 and len(gaps) > 1:
+            continue
+        if slope == 0 or not all(close(at[0] + slope * inexact(x), y, mp.dps // 2) for x, y in at.items() if x > 1 or x < 0):
+            raise Undefined
+        found.append(-at[0] / slope)
+    return found
+
+
+def real(node):
+    """The value of an end of an interval. Raises Undefined if it is not a real number."""
+    try:
+        return inexact(value(node, Point()))
+    except Unparsed:
+        raise Undefined from None
+
+
+def boundary(node, about: dict) -> list:
+    """The ends of the intervals of a set of real numbers (maybe some more points); says which name and unit it is about.
+
+    Raises Undefined if it is no such set: inequalities must be linear in one variable, or in absolute values of it."""
+    kind = kind_of(node)
+    if kind == "named":
+        about.setdefault("name", set()).add(node[1])
+        return boundary(node[2], about)
+    if kind in ("∪", "∩", "∖", "ℝ"):
+        return [x for child in node[1:] for x in boundary(child, about)]
+    found = names_in(node)
+    interval = kind == "seq" and len(node) == 4 and node[1] in INTERVALS
+    if not (is_list(node) or interval or (kind == "order" and len(found) == 1)):
+        raise Undefined
+    sides = [split_unit(child) for child in children(node)]
+    about.setdefault("unit", set()).update(unit for _, unit in sides if unit)
+    if kind == "seq":
+        ends = [real(side) for side, _ in sides]
+        if interval:
+            empty = not (ends[0] < ends[1] or (ends[0] == ends[1] and node[1] == "[]"))
+            if empty or any(mp.isinf(x) and bracket in "[]" for x, bracket in zip(ends, node[1])):  # (2,2) is a point
+                raise Undefined
+        return ends
+    about.setdefault("name", set()).update(found - {BOUND})
+    return [x for (left, _), (right, _) in zip(sides, sides[1:]) for x in roots(left, right, *found)]
+
+
+def in_order(x, sign: str, y) -> bool:
+    if close(x, y, mp.dps // 2):
+        return sign in "≤≥"
+    return sign == "≠" or (x < y) == (sign in "<≤")
+
+
+def holds(node, x) -> bool:
+    """Is the real number x in the set?"""
+    kind = kind_of(node)
+    if kind == "named":
+        return holds(node[2], x)
+    if kind in ("∪", "∩", "∖"):
+        inside = [holds(child, x) for child in node[1:]]
+        return any(inside) if kind == "∪" else inside[0] and all(y == (kind == "∩") for y in inside[1:])
+    if kind == "ℝ":
+        return True
+    sides = [split_unit(child)[0] for child in children(node)]
+    if is_list(node):
+        return any(close(real(side), x, mp.dps // 2) for side in sides)
+    if kind == "seq":
+        low, high = ("≤" if bracket in "[]" else "<" for bracket in node[1])
+        return in_order(real(sides[0]), low, x) and in_order(x, high, real(sides[1]))
+    (name,) = names_in(node)
+    values = [inexact(value(substitute(side, name, X), Point({X: x}))) for side in sides]
+    return all(map(in_order, values, node[2::2], values[1:]))
+
+
+def upward(order):
+    """The members of a chain of inequalities, and its signs, from the smaller to the larger end."""
+    members, signs = order[1::2], list(order[2::2])
+    if set(signs) <= {">", "≥"}:
+        return members[::-1], [{">": "<", "≥": "≤"}[sign] for sign in signs[::-1]]
+    return members, signs
+
+
+def same_parts(a, b) -> bool:
+    """Intervals and inequalities whose ends are no numbers: the same part by part, or up to a positive factor."""
+    kind = kind_of(a)
+    if kind != kind_of(b) or kind == "seq":
+        return kind == kind_of(b) and a[1] == b[1] and len(a) == len(b) and all(map(same, a[2:], b[2:]))
+    if kind != "order":
+        return kind in ("∪", "∩") and len(a) == len(b) and matched(a[1:], b[1:])
+    (members_a, signs_a), (members_b, signs_b) = upward(a), upward(b)
+    if signs_a != signs_b:
+        return False
+    if all(map(equal, members_a, members_b)):
+        return True
+    return len(signs_a) == 1 and proportional(difference(*members_a), difference(*members_b), positive=signs_a != ["≠"])
+
+
+def same_set(a, b) -> bool:
+    """Intervals, unions and inequalities are equal if they agree at all of their ends and anywhere between them."""
+    about_a, about_b = {}, {}
+    mp.dps = 2 * digits_needed(a, b)
+    try:
+        ends = {inexact(x) for x in boundary(a, about_a) + boundary(b, about_b)}
+    except Undefined:
+        return same_parts(a, b)
+    for what in ("name", "unit"):
+        found_a, found_b = about_a.get(what, set()), about_b.get(what, set())
+        if max(len(found_a), len(found_b)) > 1:
+            return same_parts(a, b)
+        if found_a and found_b and found_a != found_b:
+            return False
+    ends = sorted(x for x in ends if mp.isfinite(x))
+    probes = [ends[0] - 1, *ends, *((x + y) / 2 for x, y in zip(ends, ends[1:])), ends[-1] + 1] if ends else [mp.mpf(0)]
+    return all(holds(a, x) == holds(b, x) for x in probes)
 
 
 def same(a, b) -> bool:
@@ -1475,256 +1723,12 @@ def same(a, b) -> bool:
     return equal(("%", x), y) if unit_x == "%" else equal(x, ("%", y))  # 20% is 20 or 1/5; 20 is never 1/5
 
 
-def same_time(a, b) -> bool:
-    if kind_of(a) == kind_of(b):
-        known = a[3] == b[3] or any(not 60 <= n[1] < 780 for n in (a, b) if not n[3])  # 16:30 is in the afternoon
-        return a[2] == b[2] and (a[1] == b[1] if known else a[1] % 720 == b[1] % 720)
-    clock, other = (a, b) if kind_of(a) == "clock" else (b, a)  # 7:32 may be a ratio
-    plain = kind_of(other) == "ratio" and clock[2] == 0 and not clock[3]
-    return plain and same(("ratio", clock[1] // 60, clock[1] % 60), other)
-
-
-def same_equation(a, b) -> bool:
-    """x = 5 is 5, but not y = 5; f(x) = 2x is y = 2x; y = 2x is the equation 4x - 2y = 0."""
-    if kind_of(a) != "named":
-        a, b = b, a
-    if kind_of(a) == "named":
-        _, name, content = a
-        if kind_of(b) not in ("named", "equation"):
-            return same(content, b)
-        if kind_of(b) == "named":
-            if is_definition(a) and is_definition(b) and name[1] == b[1][1]:
-                b = substitute(b, b[1][2], name[2])  # f(x) = 2x is f(n) = 2n
-            if name == b[1]:
-                return same(content, b[2])
-            if not (variables(content) and variables(b[2])):
-                return False
-            others = [kind_of(y[1]) for x, y in ((a, b), (b, a)) if is_definition(x)]
-            if "variable" in others and not {name, b[1]} & variables(content) and same(content, b[2]):
-                return True
-    elif kind_of(a) != kind_of(b):  # (x+1)^2 = x^2+2x+1 is as good as its right side, but x+y = 5 is not 5
-        equation, other = (a, b) if kind_of(a) == "equation" else (b, a)
-        return kind_of(other) in ("number", "+", "*", "^", "/") and equal(*equation[1:]) and same(equation[2], other)
-    if any(kind_of(side) in ("seq", "matrix", "text", "order") for side in a[1:] + b[1:]):
-        return False
-    units_a, units_b = ({split_unit(side)[1] for side in node[1:]} - {""} for node in (a, b))
-    if units_a and units_b and units_a != units_b:
-        return False
-    return proportional(difference(*a[1:]), difference(*b[1:]))
-
-
-def is_definition(named) -> bool:
-    """f(x) = ... of one variable, but not x_1 = ..., f'(x) = ... or f^{-1}(x) = ..."""
-    name = named[1]
-    return kind_of(name) == "call" and len(name) == 3 and name[1].isalpha() and kind_of(name[2]) == "variable"
-
-
-def difference(left, right):
-    return plus(split_unit(left)[0], times(-1, split_unit(right)[0]))
-
-
-def same_list(a, b) -> bool:
-    """Unordered, and a set is as good as a list; but x = 1, y = 2 go by their names, or by their order if the other side
-    has none, and what stands in round brackets is ordered."""
+def compare(a: str, b: str) -> bool:
+    """Are two cleaned answers the same? Raises Unparsed. This can take long, and much memory: `Worker` bounds both."""
     for x, y in ((a, b), (b, a)):
-        named = [kind_of(item) == "named" for item in children(y)] if kind_of(y) == "seq" else []
-        if is_list(x, "") and named and all(kind_of(item) == "named" for item in x[2:]):
-            names = {base_name(item) for item in x[2:]}
-            if 1 < len(names) == len(x) - 2 and not any(named):
-                if y[1] not in ("", "()"):
-                    return False
-                items = sorted(x[2:], key=lambda item: str(item[1])) if y[1] else x[2:]  # y=2, x=1 is the point (1,2)
-                return len(x) == len(y) and all(map(same, (item[2] for item in items), y[2:]))
-            if all(named):  # (x, y) = (1, 2)
-                return len(x) == len(y) and matched(x[2:], y[2:])
-        if kind_of(x) == "named" and is_list(x[2]):
-            return same(x[2], y)
-    for x, y in ((a, b), (b, a)):
-        if shared_name(x) and len({item[1] for item in children(y) if kind_of(item) == "named"}) > 1:
-            return False
-    items_a, items_b = elements(a), elements(b)
-    if items_a is None or items_b is None or (shared_name(a) and shared_name(b) and shared_name(a) != shared_name(b)):
-        return False
-    sets = is_list(a, *UNORDERED[1:]) or is_list(b, *UNORDERED[1:])
-    if sets or all(kind_of(x) == "seq" for x in items_a):  # but 2, 2, 3 is not 2, 3
-        items_a, items_b = unique(items_a), unique(items_b)
-    return len(items_a) == len(items_b) and matched(items_a, items_b)
-
-
-def matched(items_a, items_b) -> bool:
-    rest = list(items_b)
-    for x in items_a:
-        found = next((i for i, y in enumerate(rest) if same_item(x, y)), None)
-        if found is None:
-            return False
-        del rest[found]
-    return True
-
-
-def same_item(x, y) -> bool:
-    """{{1}} is not {1}, although the answer {1} is as good as 1."""
-    return is_list(x, r"\{\}") == is_list(y, r"\{\}") and same(x, y)
-
-
-def base_name(named):
-    """The name without its index: x_1 = 2, x_2 = 3 are two values of x."""
-    return named[1][1] if named[1][0] == "call" and named[1][1].endswith("_") else named[1]
-
-
-def shared_name(node):
-    """The x of "x = 1, 2"."""
-    first, *rest = node[2:] if is_list(node, "") else (node,)
-    return first[1] if kind_of(first) == "named" and rest and all(kind_of(item) != "named" for item in rest) else None
-
-
-def elements(node) -> list | None:
-    if not is_list(node):
-        return None if kind_of(node) in ("seq", "matrix", "equation", "text") else [node]
-    return [item[2] if shared_name(node) and kind_of(item) == "named" else item for item in node[2:]]
-
-
-def unique(items: list) -> list:
-    kept = []
-    for x in items:
-        if not any(same(x, y) for y in kept):
-            kept.append(x)
-    return kept
-
-
-X, BOUND = ("variable", "x"), ("variable", "bound")  # the unknown of an inequality; of {y : y > 3}, whatever its name
-
-
-def is_interval(node) -> bool:
-    return kind_of(node) == "seq" and len(node) == 4 and node[1] in INTERVALS[1:]
-
-
-def same_set(a, b) -> bool:
-    """Intervals, unions and inequalities are equal if they agree at all of their ends and anywhere between them."""
-    about_a, about_b = {}, {}
-    mp.dps = 2 * digits_needed(a, b)
-    try:
-        ends = {inexact(x) for x in boundary(a, about_a) + boundary(b, about_b)}
-    except Undefined:
-        return same_parts(a, b)
-    for what in ("name", "unit"):
-        found_a, found_b = about_a.get(what, set()), about_b.get(what, set())
-        if max(len(found_a), len(found_b)) > 1:
-            return same_parts(a, b)
-        if found_a and found_b and found_a != found_b:
-            return False
-    ends = sorted(x for x in ends if mp.isfinite(x))
-    probes = [ends[0] - 1, *ends, *((x + y) / 2 for x, y in zip(ends, ends[1:])), ends[-1] + 1] if ends else [mp.mpf(0)]
-    return all(holds(a, x) == holds(b, x) for x in probes)
-
-
-def boundary(node, about: dict) -> list:
-    """The ends of the intervals of a set of real numbers (maybe some more points); says which name and unit it is about.
-
-    Raises Undefined if it is no such set: inequalities must be linear in one variable, or in absolute values of it."""
-    kind = kind_of(node)
-    if kind == "named":
-        about.setdefault("name", set()).add(node[1])
-        return boundary(node[2], about)
-    if kind in ("∪", "∩", "∖", "ℝ"):
-        return [x for child in node[1:] for x in boundary(child, about)]
-    found = names_in(node)
-    interval = kind == "seq" and len(node) == 4 and node[1] in INTERVALS
-    if not (is_list(node) or interval or (kind == "order" and len(found) == 1)):
-        raise Undefined
-    sides = [split_unit(child) for child in children(node)]
-    about.setdefault("unit", set()).update(unit for _, unit in sides if unit)
-    if kind == "seq":
-        ends = [real(side) for side, _ in sides]
-        if interval:
-            empty = not (ends[0] < ends[1] or (ends[0] == ends[1] and node[1] == "[]"))
-            if empty or any(mp.isinf(x) and bracket in "[]" for x, bracket in zip(ends, node[1])):  # (2,2) is a point
-                raise Undefined
-        return ends
-    about.setdefault("name", set()).update(found - {BOUND})
-    return [x for (left, _), (right, _) in zip(sides, sides[1:]) for x in roots(left, right, *found)]
-
-
-def roots(left, right, name) -> list:
-    """Where left = right, both linear in the name, or in absolute values, of which either sign may be right."""
-    if {left, right} & {("constant", "∞"), ("*", -1, ("constant", "∞"))}:
-        return []
-    gaps = [substitute(difference(left, right), name, X)]
-    while absolute := next((n for gap in gaps for n in walk(gap) if is_absolute(n)), None):
-        gaps = [substitute(gap, absolute, times(sign, absolute[2])) for gap in gaps for sign in (1, -1)]
-        if len(gaps) > 8:
-            raise Undefined
-    found = []
-    for gap in gaps:
-        at = {x: inexact(value(gap, Point({X: x}))) for x in (0, 1, 2, Fraction(10**7, 7), -Fraction(10**7, 9))}
-        slope = at[1] - at[0]
-        if slope == 0 and len(gaps) > 1:
-            continue
-        if slope == 0 or not all(close(at[0] + slope * inexact(x), y, mp.dps // 2) for x, y in at.items() if x > 1 or x < 0):
-            raise Undefined
-        found.append(-at[0] / slope)
-    return found
-
-
-def is_absolute(node) -> bool:
-    return kind_of(node) == "fn" and node[1] == "abs" and X in walk(node)
-
-
-def real(node):
-    """The value of an end of an interval. Raises Undefined if it is not a real number."""
-    try:
-        return inexact(value(node, Point()))
-    except Unparsed:
-        raise Undefined from None
-
-
-def holds(node, x) -> bool:
-    """Is the real number x in the set?"""
-    kind = kind_of(node)
-    if kind == "named":
-        return holds(node[2], x)
-    if kind in ("∪", "∩", "∖"):
-        inside = [holds(child, x) for child in node[1:]]
-        return any(inside) if kind == "∪" else inside[0] and all(y == (kind == "∩") for y in inside[1:])
-    if kind == "ℝ":
-        return True
-    sides = [split_unit(child)[0] for child in children(node)]
-    if is_list(node):
-        return any(close(real(side), x, mp.dps // 2) for side in sides)
-    if kind == "seq":
-        low, high = ("≤" if bracket in "[]" else "<" for bracket in node[1])
-        return in_order(real(sides[0]), low, x) and in_order(x, high, real(sides[1]))
-    (name,) = names_in(node)
-    values = [inexact(value(substitute(side, name, X), Point({X: x}))) for side in sides]
-    return all(map(in_order, values, node[2::2], values[1:]))
-
-
-def in_order(x, sign: str, y) -> bool:
-    if close(x, y, mp.dps // 2):
-        return sign in "≤≥"
-    return sign == "≠" or (x < y) == (sign in "<≤")
-
-
-def same_parts(a, b) -> bool:
-    """Intervals and inequalities whose ends are no numbers: the same part by part, or up to a positive factor."""
-    kind = kind_of(a)
-    if kind != kind_of(b) or kind == "seq":
-        return kind == kind_of(b) and a[1] == b[1] and len(a) == len(b) and all(map(same, a[2:], b[2:]))
-    if kind != "order":
-        return kind in ("∪", "∩") and len(a) == len(b) and matched(a[1:], b[1:])
-    (members_a, signs_a), (members_b, signs_b) = upward(a), upward(b)
-    if signs_a != signs_b:
-        return False
-    if all(map(equal, members_a, members_b)):
-        return True
-    return len(signs_a) == 1 and proportional(difference(*members_a), difference(*members_b), positive=signs_a != ["≠"])
-
-
-def upward(order):
-    """The members of a chain of inequalities, and its signs, from the smaller to the larger end."""
-    members, signs = order[1::2], list(order[2::2])
-    if set(signs) <= {">", "≥"}:
-        return members[::-1], [{">": "<", "≥": "≤"}[sign] for sign in signs[::-1]]
-    return members, signs
+        if (letter := CHOICE.fullmatch(TEXT.sub(r"\1", x))) and (option := OPTION.fullmatch(TEXT.sub(r"\1", y))):
+            return letter[1] == option[1]
+    return same(parse(a), parse(b)) or is_rounded(a, b) or is_rounded(b, a)
 
 
 # ------------------------------------------------------------------------------------------------ worker
@@ -1858,6 +1862,19 @@ class Verdict:
     answer: str | None  # what was extracted from the response
 
 
+def judge(a: str, b: str | None) -> str:
+    """The kind of verdict on two extracted answers: as strings, as plain numbers, or by the worker."""
+    if not a or not b:
+        return "unparsed"
+    x, y = plain_number(a), plain_number(b)
+    if x is not None and y is not None:
+        return "match" if x == y else "mismatch"
+    if a == b or max(len(a), len(b)) > MAX_ANSWER:
+        return "match" if a == b else "unparsed"
+    a, b = clean(a), clean(b)
+    return "match" if same_string(a, b) else WORKER.ask(a, b)
+
+
 def verdict(gold: str, text: str) -> Verdict:
     r"""Is the final answer of the response `text` the one of `gold`, a bare answer or a reference solution?
 
@@ -1872,19 +1889,6 @@ def verdict(gold: str, text: str) -> Verdict:
         if last and last != b and judge(a, last) == "match":
             return Verdict("match", a, last)
     return Verdict(kind, a, b)
-
-
-def judge(a: str, b: str | None) -> str:
-    """The kind of verdict on two extracted answers: as strings, as plain numbers, or by the worker."""
-    if not a or not b:
-        return "unparsed"
-    x, y = plain_number(a), plain_number(b)
-    if x is not None and y is not None:
-        return "match" if x == y else "mismatch"
-    if a == b or max(len(a), len(b)) > MAX_ANSWER:
-        return "match" if a == b else "unparsed"
-    a, b = clean(a), clean(b)
-    return "match" if same_string(a, b) else WORKER.ask(a, b)
 
 
 def grade(gold: str, text: str) -> bool:

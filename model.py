@@ -163,16 +163,16 @@ class Decode:
             self.bias = bias.repeat_interleave(Hkv, 0)[:, None]  # (B * Hkv, 1, window)
 
 
-def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, seqs=None, **kw):
-    """transformers' attention interface: query (B, Hq, T, D), key and value (B, Hkv, T, D), rotated -> (B, T, Hq, D).
-
-    `seqs`, a Packed or a Decode, travels through the model call as a keyword argument."""
-    longest = seqs.max_length if isinstance(seqs, Packed) else seqs.cache.k.shape[3]
-    if kw.get("softcap") is not None or getattr(module, "sinks", None) is not None or longest > (sliding_window or longest):
-        window = f" (its window is {sliding_window} tokens, and {longest} are asked for)" if sliding_window else ""
-        raise UserError(f"this model uses sliding windows, softcaps or sinks, which the attention here leaves out{window}")
-    attend = packed_attention if isinstance(seqs, Packed) else decode_attention
-    return attend(module.layer_idx, query, key, value, scaling, seqs), None
+def packed_sdpa(query, key, value, scale: float, seqs: Packed) -> Tensor:
+    """SDPA over runs of equally long sequences: views of the packed row, so neither padding nor a mask."""
+    sizes = [length * count for length, count in seqs.runs]
+    q, k, v = (x.squeeze(0).split(sizes, 1) for x in (query, key, value))  # split, not slices: one backward for all runs
+    out = []
+    for (length, count), *qkv in zip(seqs.runs, q, k, v):
+        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in qkv)  # (count, H, length, D)
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        out.append(o.transpose(1, 2).flatten(0, 1))  # (count * length, Hq, D)
+    return torch.cat(out)[None]
 
 
 def packed_attention(layer: int, query, key, value, scale: float, seqs: Packed) -> Tensor:
@@ -187,18 +187,6 @@ def packed_attention(layer: int, query, key, value, scale: float, seqs: Packed) 
         if varlen_attn is not None:
             return varlen_attn(q, k, v, cu, cu, m, m, scale=scale, window_size=(-1, 0), **GQA)[None]
     return packed_sdpa(query, key, value, scale, seqs)
-
-
-def packed_sdpa(query, key, value, scale: float, seqs: Packed) -> Tensor:
-    """SDPA over runs of equally long sequences: views of the packed row, so neither padding nor a mask."""
-    sizes = [length * count for length, count in seqs.runs]
-    q, k, v = (x.squeeze(0).split(sizes, 1) for x in (query, key, value))  # split, not slices: one backward for all runs
-    out = []
-    for (length, count), *qkv in zip(seqs.runs, q, k, v):
-        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in qkv)  # (count, H, length, D)
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-        out.append(o.transpose(1, 2).flatten(0, 1))  # (count * length, Hq, D)
-    return torch.cat(out)[None]
 
 
 def decode_attention(layer: int, query, key, value, scale: float, seqs: Decode) -> Tensor:
@@ -228,31 +216,22 @@ def decode_attention(layer: int, query, key, value, scale: float, seqs: Decode) 
     return (torch.baddbmm(seqs.bias, q, k.mT, alpha=scale).softmax(-1) @ v).view(B, 1, Hq, D)
 
 
+def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, seqs=None, **kw):
+    """transformers' attention interface: query (B, Hq, T, D), key and value (B, Hkv, T, D), rotated -> (B, T, Hq, D).
+
+    `seqs`, a Packed or a Decode, travels through the model call as a keyword argument."""
+    longest = seqs.max_length if isinstance(seqs, Packed) else seqs.cache.k.shape[3]
+    if kw.get("softcap") is not None or getattr(module, "sinks", None) is not None or longest > (sliding_window or longest):
+        window = f" (its window is {sliding_window} tokens, and {longest} are asked for)" if sliding_window else ""
+        raise UserError(f"this model uses sliding windows, softcaps or sinks, which the attention here leaves out{window}")
+    attend = packed_attention if isinstance(seqs, Packed) else decode_attention
+    return attend(module.layer_idx, query, key, value, scaling, seqs), None
+
+
 AttentionInterface.register(ATTENTION, attention)
 
 
 # ------------------------------------------------------------------------------------------------ fused parts
-
-
-def fuse(model: nn.Module) -> nn.Module:
-    """Give the norms and the attention of a model of the Qwen2 and Llama family forwards of fewer, larger operations. A
-    small model spends most of its time between operations, and autograd's own backward of RMSNorm takes three times as
-    long as the one written out here. The weights stay where they are; other architectures run transformers' code."""
-    for module in model.modules():
-        family, part = re.fullmatch(r"(Qwen2|Qwen3|Llama|Mistral)?(.*)", type(module).__name__).groups()
-        if family and part == "RMSNorm":
-            module.forward = MethodType(rms_norm, module)
-        if family and part == "Attention" and getattr(module, "sliding_window", None) is None and family != "Mistral":
-            module.forward = MethodType(attention_forward, module)
-    return model
-
-
-def rms_norm(module, x: Tensor) -> Tensor:
-    weight, eps = module.weight, module.variance_epsilon
-    x = x.to(weight.dtype)
-    if torch.is_grad_enabled() and not x.is_cuda:  # where torch has a kernel for the backward as well
-        return RMSNorm.apply(x, weight, eps)
-    return F.rms_norm(x, weight.shape, weight, eps)
 
 
 class RMSNorm(torch.autograd.Function):
@@ -275,17 +254,19 @@ class RMSNorm(torch.autograd.Function):
         return torch.addcmul(grad * weight, normed, mean).mul_(scale), along.flatten(0, -2).sum(0), None
 
 
-def attention_forward(module, hidden_states: Tensor, position_embeddings, seqs=None, **more):
-    if seqs is None:  # somebody else's call, such as `generate` with another attention
-        return type(module).forward(module, hidden_states, position_embeddings, **more)
-    q, k, v = (p(hidden_states).unflatten(-1, (-1, module.head_dim)) for p in (module.q_proj, module.k_proj, module.v_proj))
-    if hasattr(module, "q_norm"):
-        q, k = module.q_norm(q), module.k_norm(k)
-    cos, sin = (x.unsqueeze(-2) for x in position_embeddings)  # (B, T, 1, D)
-    turn = Rotate.apply if torch.is_grad_enabled() else rotate
-    q, k = turn(q, cos, sin), turn(k, cos, sin)
-    out, _ = attention(module, *(x.transpose(1, 2) for x in (q, k, v)), None, module.scaling, seqs=seqs)
-    return module.o_proj(out.flatten(-2)), None
+def rms_norm(module, x: Tensor) -> Tensor:
+    weight, eps = module.weight, module.variance_epsilon
+    x = x.to(weight.dtype)
+    if torch.is_grad_enabled() and not x.is_cuda:  # where torch has a kernel for the backward as well
+        return RMSNorm.apply(x, weight, eps)
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    out, half = x * cos, x.shape[-1] // 2
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return out
 
 
 class Rotate(torch.autograd.Function):
@@ -302,11 +283,30 @@ class Rotate(torch.autograd.Function):
         return rotate(grad, cos, -sin), None, None
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    out, half = x * cos, x.shape[-1] // 2
-    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
-    return out
+def attention_forward(module, hidden_states: Tensor, position_embeddings, seqs=None, **more):
+    if seqs is None:  # somebody else's call, such as `generate` with another attention
+        return type(module).forward(module, hidden_states, position_embeddings, **more)
+    q, k, v = (p(hidden_states).unflatten(-1, (-1, module.head_dim)) for p in (module.q_proj, module.k_proj, module.v_proj))
+    if hasattr(module, "q_norm"):
+        q, k = module.q_norm(q), module.k_norm(k)
+    cos, sin = (x.unsqueeze(-2) for x in position_embeddings)  # (B, T, 1, D)
+    turn = Rotate.apply if torch.is_grad_enabled() else rotate
+    q, k = turn(q, cos, sin), turn(k, cos, sin)
+    out, _ = attention(module, *(x.transpose(1, 2) for x in (q, k, v)), None, module.scaling, seqs=seqs)
+    return module.o_proj(out.flatten(-2)), None
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """Give the norms and the attention of a model of the Qwen2 and Llama family forwards of fewer, larger operations. A
+    small model spends most of its time between operations, and autograd's own backward of RMSNorm takes three times as
+    long as the one written out here. The weights stay where they are; other architectures run transformers' code."""
+    for module in model.modules():
+        family, part = re.fullmatch(r"(Qwen2|Qwen3|Llama|Mistral)?(.*)", type(module).__name__).groups()
+        if family and part == "RMSNorm":
+            module.forward = MethodType(rms_norm, module)
+        if family and part == "Attention" and getattr(module, "sliding_window", None) is None and family != "Mistral":
+            module.forward = MethodType(attention_forward, module)
+    return model
 
 
 # ------------------------------------------------------------------------------------------------ models
@@ -335,10 +335,27 @@ SHAPES = {  # of the paper's models, and of the reward models made from them, to
 }  # fmt: skip
 
 
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def load_config(path: str):
+    """Raises UserError if it cannot be read."""
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"{path}: cannot read its configuration ({first_line(error)}); give a local folder") from None
+
+
 def model_shape(path: str):
     """A model's configuration as far as it sets memory and time. Raises UserError if it cannot be read."""
     size = re.search(r"qwen-?2.*-(1\.5b|7b)\b", path.lower())
     return Qwen2Config(**SHAPES[size[1]]) if size and not Path(path).exists() else load_config(path)
+
+
+def empty_lm(config, dtype=torch.float32) -> nn.Module:
+    with torch.device("meta"):
+        return fuse(AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=dtype)).eval()
 
 
 @lru_cache
@@ -378,15 +395,13 @@ def load_tokenizer(path: str, kind=AutoTokenizer):
     return tokenizer
 
 
-def load_config(path: str):
-    """Raises UserError if it cannot be read."""
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:
-        raise UserError(f"{path}: cannot read its configuration ({first_line(error)}); give a local folder") from None
-
-
 HEADS = ("score.", "v_head.")  # of published reward models, in their own weights
+
+
+def without_head(lm: nn.Module, headless: bool) -> nn.Module:
+    if headless:
+        lm.set_output_embeddings(nn.Identity())
+    return lm
 
 
 def load_causal_lm(path: str, dtype=torch.float32, device="cpu", headless: bool = False) -> nn.Module:
@@ -413,12 +428,6 @@ def load_causal_lm(path: str, dtype=torch.float32, device="cpu", headless: bool 
     return without_head(fuse(model), headless).to(device).eval()
 
 
-def without_head(lm: nn.Module, headless: bool) -> nn.Module:
-    if headless:
-        lm.set_output_embeddings(nn.Identity())
-    return lm
-
-
 def read_tensors(path: str, prefix: str) -> dict[str, Tensor]:
     """The tensors of a folder or a hub name whose names begin with `prefix`, in float32, by the rest of their names."""
     file = lambda name: cached_file(path, name, _raise_exceptions_for_missing_entries=False)
@@ -434,11 +443,6 @@ def read_tensors(path: str, prefix: str) -> dict[str, Tensor]:
     return out
 
 
-def empty_lm(config, dtype=torch.float32) -> nn.Module:
-    with torch.device("meta"):
-        return fuse(AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=dtype)).eval()
-
-
 def save_lm(lm: nn.Module, tokenizer, path: str | Path, rank: int = 0) -> None:
     """A folder in Hugging Face format, written by rank 0; all ranks must call, for each holds a part of the weights."""
     weights = {}
@@ -451,15 +455,18 @@ def save_lm(lm: nn.Module, tokenizer, path: str | Path, rank: int = 0) -> None:
         tokenizer.save_pretrained(path)
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
 def eos_ids(model, tokenizer) -> list[int]:
     """All tokens that end an answer; chat models have more than one."""
     ids = model.generation_config.eos_token_id
     ids = ids if isinstance(ids, list) else [ids]
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
+def checkpointed_forward(module, *args, **more):
+    forward = partial(type(module).forward, module)
+    if not torch.is_grad_enabled():
+        return forward(*args, **more)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **more)
 
 
 def checkpoint_layers(model: nn.Module) -> None:
@@ -468,13 +475,6 @@ def checkpoint_layers(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.forward = MethodType(checkpointed_forward, module)
-
-
-def checkpointed_forward(module, *args, **more):
-    forward = partial(type(module).forward, module)
-    if not torch.is_grad_enabled():
-        return forward(*args, **more)
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **more)
 
 
 def hidden_states(lm, packed: Packed) -> Tensor:
@@ -540,33 +540,6 @@ class ScalarModel(nn.Module):
 # ------------------------------------------------------------------------------------------------ sharding
 
 
-def shard(make, dtype: torch.dtype, device, offload: bool = False) -> nn.Module:
-    """The model that make(device) builds, on all ranks, with FSDP2: each GPU keeps its part of the weights, and gathers a
-    layer when it computes. Weights, sums of gradients and what the optimizer keeps are as loaded (float32 where a model
-    learns), all else is in `dtype`, but for a ScalarModel's head. Among several nodes each node holds a whole model.
-
-    Rank 0 alone reads the file, the others make("meta"). offload: what is kept stays in the CPU's memory. One process that
-    computes in float32 has nothing to split and nothing to cast: its model stays as it is."""
-    alone = not dist.is_initialized() or dist.get_world_size() == 1
-    if alone and dtype == torch.float32 and not offload:
-        return make(device)
-    if not dist.is_initialized():
-        dist.init_process_group(BACKEND, store=dist.HashStore(), rank=0, world_size=1)
-    model = on_rank_0(lambda: make("cpu"), share=False) or make("meta")
-    units = [(module, dtype) for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    units += [(model.head, torch.float32)] if isinstance(model, ScalarModel) else []
-    for unit, low in [*units, (model, dtype)]:  # the model itself last: it takes what is left
-        materialise(unit, device)
-        fully_shard(
-            unit, mesh=gpus(device.type), reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(low, torch.float32),
-            offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy(),
-        )  # fmt: skip
-        if dist.get_world_size() > 1:  # add the gradients up, since the losses are divided by global counts already
-            unit.set_gradient_divide_factor(1.0)
-            unit.set_force_sum_reduction_for_comms(True)
-    return model
-
-
 @lru_cache
 def gpus(kind: str):
     """All GPUs in a row, or nodes x GPUs: then weights are split within a node and copied among nodes."""
@@ -592,6 +565,33 @@ def materialise(module: nn.Module, device) -> None:
                     dist.broadcast(new, 0)
                     moved[x] = nn.Parameter(new, x.requires_grad) if isinstance(x, nn.Parameter) else new
                 tensors[name] = moved[x]
+
+
+def shard(make, dtype: torch.dtype, device, offload: bool = False) -> nn.Module:
+    """The model that make(device) builds, on all ranks, with FSDP2: each GPU keeps its part of the weights, and gathers a
+    layer when it computes. Weights, sums of gradients and what the optimizer keeps are as loaded (float32 where a model
+    learns), all else is in `dtype`, but for a ScalarModel's head. Among several nodes each node holds a whole model.
+
+    Rank 0 alone reads the file, the others make("meta"). offload: what is kept stays in the CPU's memory. One process that
+    computes in float32 has nothing to split and nothing to cast: its model stays as it is."""
+    alone = not dist.is_initialized() or dist.get_world_size() == 1
+    if alone and dtype == torch.float32 and not offload:
+        return make(device)
+    if not dist.is_initialized():
+        dist.init_process_group(BACKEND, store=dist.HashStore(), rank=0, world_size=1)
+    model = on_rank_0(lambda: make("cpu"), share=False) or make("meta")
+    units = [(module, dtype) for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    units += [(model.head, torch.float32)] if isinstance(model, ScalarModel) else []
+    for unit, low in [*units, (model, dtype)]:  # the model itself last: it takes what is left
+        materialise(unit, device)
+        fully_shard(
+            unit, mesh=gpus(device.type), reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(low, torch.float32),
+            offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy(),
+        )  # fmt: skip
+        if dist.get_world_size() > 1:  # add the gradients up, since the losses are divided by global counts already
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
+    return model
 
 
 def whole(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -639,19 +639,6 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def start_processes() -> tuple[int, int, torch.device]:
-    """Rank, world size and device, under torchrun or alone."""
-    rank, world, local = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(local)
-    if world > 1 and not dist.is_initialized():
-        store = meet(next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))[0], rank, world)
-        # rank 0 alone may load or write for long; the others wait for it, and `watching` tells waiting from dead
-        dist.init_process_group(BACKEND, store=store, rank=rank, world_size=world, timeout=timedelta(hours=12))
-    return rank, world, torch.device("cuda", local) if cuda else torch.device("cpu")
-
-
 def meet(store, rank: int, world: int):
     """A part of the store that is this start's own. torchrun keeps one store over all its restarts, in which the new
     processes would find the addresses of the dead; nor do its nodes always agree on the number of restarts."""
@@ -668,6 +655,32 @@ def meet(store, rank: int, world: int):
         missing = {r for r in missing if not store.check([f"{me}{r}"])}
         time.sleep(0.02)
     return dist.PrefixStore(me, store)
+
+
+def start_processes() -> tuple[int, int, torch.device]:
+    """Rank, world size and device, under torchrun or alone."""
+    rank, world, local = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local)
+    if world > 1 and not dist.is_initialized():
+        store = meet(next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))[0], rank, world)
+        # rank 0 alone may load or write for long; the others wait for it, and `watching` tells waiting from dead
+        dist.init_process_group(BACKEND, store=store, rank=rank, world_size=world, timeout=timedelta(hours=12))
+    return rank, world, torch.device("cuda", local) if cuda else torch.device("cpu")
+
+
+def all_reduce(x: Tensor, op: str = "sum") -> Tensor:
+    """Sum or maximum over the ranks, on the CPU."""
+    if not dist.is_initialized():
+        return x
+    y = x.to("cpu", copy=True)
+    dist.all_reduce(y, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
+    return y
+
+
+def barrier() -> None:
+    all_reduce(torch.zeros(()))
 
 
 @contextmanager
@@ -739,19 +752,6 @@ def side_by_side(*jobs) -> list:
     workers = min(len(jobs), threads)
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
         return list(pool.map(lambda job: job(), jobs))
-
-
-def all_reduce(x: Tensor, op: str = "sum") -> Tensor:
-    """Sum or maximum over the ranks, on the CPU."""
-    if not dist.is_initialized():
-        return x
-    y = x.to("cpu", copy=True)
-    dist.all_reduce(y, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
-    return y
-
-
-def barrier() -> None:
-    all_reduce(torch.zeros(()))
 
 
 def on_rank_0(make, share: bool = True):

@@ -13,7 +13,7 @@ The last section says what all of it takes in memory and time: `python train.py 
 
 Left out: adaptive KL coefficients, entropy bonus, dual clip, early stopping by KL.
 
-Nothing to run here; train.py calls `log_probs`, `score_values`, `gae`, `whiten` and `update` in this order.
+Nothing to run here; train.py calls `Policy`, `score_values`, `gae`, `whiten` and `update` in this order.
 """
 
 import math
@@ -30,23 +30,6 @@ from rollout import PREFILL, Batch
 
 
 # ------------------------------------------------------------------------------------------------ models on tokens
-
-
-class Policy(nn.Module):
-    """A causal LM read as a policy: log pi(token) and entropy (0 unless asked for) of the response tokens, both (N,)
-    float32. The sampler, the reference and the training forward divide by the same temperature, or the ratio would compare
-    two different policies."""
-
-    def __init__(self, lm: nn.Module):
-        super().__init__()
-        self.lm = lm
-
-    def forward(
-        self, packed: Packed, keep: Tensor, targets: Tensor, temperature: float, entropy: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        head = self.lm.get_output_embeddings()
-        hidden = hidden_states(self.lm, packed)[keep]
-        return TokenLogProbs.apply(hidden, head.weight, head.bias, targets, temperature, entropy)
 
 
 class TokenLogProbs(torch.autograd.Function):
@@ -98,6 +81,23 @@ class TokenLogProbs(torch.autograd.Function):
             d_weight += d_logits.T @ hidden[rows]
             del full, d_logits
         return d_hidden, d_weight, d_bias, None, None, None
+
+
+class Policy(nn.Module):
+    """A causal LM read as a policy: log pi(token) and entropy (0 unless asked for) of the response tokens, both (N,)
+    float32. The sampler, the reference and the training forward divide by the same temperature, or the ratio would compare
+    two different policies."""
+
+    def __init__(self, lm: nn.Module):
+        super().__init__()
+        self.lm = lm
+
+    def forward(
+        self, packed: Packed, keep: Tensor, targets: Tensor, temperature: float, entropy: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        head = self.lm.get_output_embeddings()
+        hidden = hidden_states(self.lm, packed)[keep]
+        return TokenLogProbs.apply(hidden, head.weight, head.bias, targets, temperature, entropy)
 
 
 @torch.no_grad()
@@ -286,6 +286,7 @@ def update(
 
 
 # ------------------------------------------------------------------------------------------------ what an iteration takes
+
 
 RESERVE = 6e9  # bytes of a GPU for CUDA, cuBLAS, NCCL, captured graphs, and what a fragmented allocator cannot use
 FLOPS, BANDWIDTH, EFFICIENCY = 989e12, 3.35e12, 0.4  # of an H100 in bfloat16, and the share of either that is reached

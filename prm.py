@@ -43,7 +43,7 @@ from transformers import AutoTokenizer, HfArgumentParser, LlamaTokenizer
 
 from data import (
     SYSTEM, Problem, TextOptions, UserError, append, decode, draw, encode_prompts, encode_steps, find_steps, is_toy,
-    load_mixture, mixture, option, oracle, read_rows, run_script, write,
+    load_mixture, mixture, option, oracle, read_rows, run_script, whole_lines, write,
 )  # fmt: skip
 from grader import grade
 from model import (
@@ -84,6 +84,60 @@ class TrainOptions:
 
 
 # ------------------------------------------------------------------------------------------------ labels
+
+
+def audited(question: str) -> bool:
+    """One question in sixteen gets all completions of each prefix, to see how well two halves of them agree."""
+    return zlib.crc32(b"audit" + question.encode()) % 16 == 0
+
+
+def complete(completer, tokenizer, prefixes: list[tuple], problems: list[Problem], o: LabelOptions, **sampler) -> list[list]:
+    """For each prefix (ids, limit, index of its problem, text) which of its completions were right.
+
+    A hard label is decided by the first right completion, and no more are sampled; but a few questions get all of them,
+    see `audited`. A prefix is prefilled once for all completions that begin together."""
+    outcomes = [[] for _ in prefixes]
+
+    def decided(j: int, samples: list) -> bool:
+        _, _, i, text = prefixes[j]
+        texts = [text + decode(tokenizer, s.ids) for s in samples]
+        new = range(len(outcomes[j]), len(samples))
+        outcomes[j] += [not samples[k].truncated and grade(problems[i].answer, texts[k]) for k in new]
+        return any(outcomes[j]) and not audited(problems[i].question)
+
+    found = rollout(
+        completer, [prefix[0] for prefix in prefixes], o.completions, max_new_tokens=[prefix[1] for prefix in prefixes],
+        seeds=[zlib.crc32(repr((o.seed, prefix[0])).encode()) for prefix in prefixes],
+        decided=decided if o.labels == "hard" else None, **sampler,
+    )  # fmt: skip
+    for j, samples in enumerate(found):
+        decided(j, samples)
+    return outcomes
+
+
+def describe(rows: list[dict], o: LabelOptions, prefixes: int, seconds: float) -> str:
+    """What the labels look like: how many, how fast, their mean by step, and whether two halves agree."""
+    labels = [label for row in rows for label in row["labels"]]
+    longest = max((len(row["labels"]) for row in rows), default=0)
+    columns = [[row["labels"][k] for row in rows if len(row["labels"]) > k] for k in range(longest)]
+    means = " ".join(f"{sum(column) / len(column):.2f}" for column in columns[:20])
+    half = o.completions // 2
+    pairs = [
+        (any(x[:half]), any(x[half : 2 * half]))
+        for row in rows if o.labels == "soft" or audited(row["question"])
+        for x in row["outcomes"] if half and len(x) == o.completions
+    ]  # fmt: skip
+    agreement = f"{sum(a == b for a, b in pairs) / max(len(pairs), 1):.2f} of {len(pairs)} prefixes"
+    fast = f"{prefixes} prefixes now, {prefixes / seconds:.1f} a second; " if prefixes else ""
+    return (
+        f"  {len(labels)} steps of {len(rows)} solutions; {fast}mean label {sum(labels) / max(len(labels), 1):.2f}\n"
+        f"  mean label of step 1, 2, ...: {means}"
+        + (f"\n  hard labels of {half} and of {half} other completions agree in {agreement}" if o.labels != "oracle" else "")
+    )
+
+
+def fingerprint(problems: list[Problem]) -> int:
+    return zlib.crc32(repr([(p.question, p.answer) for p in problems]).encode())
 
 
 def make_labels(
@@ -149,92 +203,19 @@ def make_labels(
         print(describe(read_labels(str(path)), o, prefixes, time.perf_counter() - began), flush=True)
 
 
-def complete(completer, tokenizer, prefixes: list[tuple], problems: list[Problem], o: LabelOptions, **sampler) -> list[list]:
-    """For each prefix (ids, limit, index of its problem, text) which of its completions were right.
-
-    A hard label is decided by the first right completion, and no more are sampled; but a few questions get all of them,
-    see `audited`. A prefix is prefilled once for all completions that begin together."""
-    outcomes = [[] for _ in prefixes]
-
-    def decided(j: int, samples: list) -> bool:
-        _, _, i, text = prefixes[j]
-        texts = [text + decode(tokenizer, s.ids) for s in samples]
-        new = range(len(outcomes[j]), len(samples))
-        outcomes[j] += [not samples[k].truncated and grade(problems[i].answer, texts[k]) for k in new]
-        return any(outcomes[j]) and not audited(problems[i].question)
-
-    found = rollout(
-        completer, [prefix[0] for prefix in prefixes], o.completions, max_new_tokens=[prefix[1] for prefix in prefixes],
-        seeds=[zlib.crc32(repr((o.seed, prefix[0])).encode()) for prefix in prefixes],
-        decided=decided if o.labels == "hard" else None, **sampler,
-    )  # fmt: skip
-    for j, samples in enumerate(found):
-        decided(j, samples)
-    return outcomes
-
-
-def audited(question: str) -> bool:
-    """One question in sixteen gets all completions of each prefix, to see how well two halves of them agree."""
-    return zlib.crc32(b"audit" + question.encode()) % 16 == 0
-
-
-def describe(rows: list[dict], o: LabelOptions, prefixes: int, seconds: float) -> str:
-    """What the labels look like: how many, how fast, their mean by step, and whether two halves agree."""
-    labels = [label for row in rows for label in row["labels"]]
-    longest = max((len(row["labels"]) for row in rows), default=0)
-    columns = [[row["labels"][k] for row in rows if len(row["labels"]) > k] for k in range(longest)]
-    means = " ".join(f"{sum(column) / len(column):.2f}" for column in columns[:20])
-    half = o.completions // 2
-    pairs = [
-        (any(x[:half]), any(x[half : 2 * half]))
-        for row in rows if o.labels == "soft" or audited(row["question"])
-        for x in row["outcomes"] if half and len(x) == o.completions
-    ]  # fmt: skip
-    agreement = f"{sum(a == b for a, b in pairs) / max(len(pairs), 1):.2f} of {len(pairs)} prefixes"
-    fast = f"{prefixes} prefixes now, {prefixes / seconds:.1f} a second; " if prefixes else ""
-    return (
-        f"  {len(labels)} steps of {len(rows)} solutions; {fast}mean label {sum(labels) / max(len(labels), 1):.2f}\n"
-        f"  mean label of step 1, 2, ...: {means}"
-        + (f"\n  hard labels of {half} and of {half} other completions agree in {agreement}" if o.labels != "oracle" else "")
-    )
-
-
-def fingerprint(problems: list[Problem]) -> int:
-    return zlib.crc32(repr([(p.question, p.answer) for p in problems]).encode())
-
-
 # ------------------------------------------------------------------------------------------------ labels of others
 
 
-def read_labels(source: str, separator: str = "\n") -> list[dict]:
-    """Labelled solutions: rows with question, response, cuts (the ends of labelled steps, in characters), labels, correct,
-    truncated. From a file of `make_labels`, or a file, folder or hub name in one of three formats, told by their fields:
-
-    - Math-Shepherd: input "QUESTION Step 1: ... ки\\nStep 2: ... ки", label the same with + or - instead of ки;
-    - PRM800K: question, label.steps, each with rated completions; a neutral rating counts as good;
-    - TRL's stepwise: prompt, completions, labels.
-
-    Steps that come one by one are joined by the separator, by which the policy will separate its own.
-    Raises UserError for a missing file, or a row of none of them. Known faults (no steps, marks that do not fit) are left
-    out, and counted."""
-    rows, found, faulty = [], 0, 0
-    for where, row in read_rows(source, "train"):
-        convert = next((f for fields, f in SOURCES.items() if isinstance(row, dict) and row.keys() >= set(fields)), None)
-        if convert is None:
-            raise UserError(f"{where}: not a row of step labels (see read_labels in prm.py for the four formats)")
-        try:
-            new = convert(row, separator)
-            if any(not (math.isfinite(y) and 0 <= y <= 1) for x in new for y in x["labels"]):
-                raise ValueError
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise UserError(f"{where}: not a row of step labels (see read_labels in prm.py for the four formats)") from None
-        rows.extend(new)
-        found, faulty = found + 1, faulty + (not new)
-    if faulty and os.environ.get("RANK", "0") == "0":
-        print(f"{source}: {faulty} of {found} rows hold no usable steps, and are left out", flush=True)
-    if not rows:
-        raise UserError(f"{source}: holds no labels")
-    return rows
+def solution(question: str, steps: list[str], labels: list, separator: str, finished=False, last=False) -> list[dict]:
+    """One row, or none if a step has no label. last: only the last step's label is new. Whether a solution that is not
+    finished is right, nobody knows."""
+    if not steps or len(steps) != len(labels) or None in labels:
+        return []
+    pieces = [step + separator for step in steps[:-1]] + [steps[-1]]
+    cuts = [*accumulate(map(len, pieces))]
+    cuts, labels = (cuts[-1:], labels[-1:]) if last else (cuts, labels)
+    row = {"question": question.strip(), "response": "".join(pieces), "cuts": cuts, "labels": labels}
+    return [row | {"correct": labels[-1] > 0.5 if finished else None, "truncated": not finished}]
 
 
 def from_shepherd(row: dict, separator: str) -> list[dict]:
@@ -282,49 +263,38 @@ SOURCES = {  # by the fields that a row has
 }
 
 
-def solution(question: str, steps: list[str], labels: list, separator: str, finished=False, last=False) -> list[dict]:
-    """One row, or none if a step has no label. last: only the last step's label is new. Whether a solution that is not
-    finished is right, nobody knows."""
-    if not steps or len(steps) != len(labels) or None in labels:
-        return []
-    pieces = [step + separator for step in steps[:-1]] + [steps[-1]]
-    cuts = [*accumulate(map(len, pieces))]
-    cuts, labels = (cuts[-1:], labels[-1:]) if last else (cuts, labels)
-    row = {"question": question.strip(), "response": "".join(pieces), "cuts": cuts, "labels": labels}
-    return [row | {"correct": labels[-1] > 0.5 if finished else None, "truncated": not finished}]
+def read_labels(source: str, separator: str = "\n") -> list[dict]:
+    """Labelled solutions: rows with question, response, cuts (the ends of labelled steps, in characters), labels, correct,
+    truncated. From a file of `make_labels`, or a file, folder or hub name in one of three formats, told by their fields:
+
+    - Math-Shepherd: input "QUESTION Step 1: ... ки\\nStep 2: ... ки", label the same with + or - instead of ки;
+    - PRM800K: question, label.steps, each with rated completions; a neutral rating counts as good;
+    - TRL's stepwise: prompt, completions, labels.
+
+    Steps that come one by one are joined by the separator, by which the policy will separate its own.
+    Raises UserError for a missing file, or a row of none of them. Known faults (no steps, marks that do not fit) are left
+    out, and counted."""
+    rows, found, faulty = [], 0, 0
+    for where, row in read_rows(source, "train"):
+        convert = next((f for fields, f in SOURCES.items() if isinstance(row, dict) and row.keys() >= set(fields)), None)
+        if convert is None:
+            raise UserError(f"{where}: not a row of step labels (see read_labels in prm.py for the four formats)")
+        try:
+            new = convert(row, separator)
+            if any(not (math.isfinite(y) and 0 <= y <= 1) for x in new for y in x["labels"]):
+                raise ValueError
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise UserError(f"{where}: not a row of step labels (see read_labels in prm.py for the four formats)") from None
+        rows.extend(new)
+        found, faulty = found + 1, faulty + (not new)
+    if faulty and os.environ.get("RANK", "0") == "0":
+        print(f"{source}: {faulty} of {found} rows hold no usable steps, and are left out", flush=True)
+    if not rows:
+        raise UserError(f"{source}: holds no labels")
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------ how a model reads
-
-
-class Reader:
-    """Puts answers to a reward model the way that it was trained on: a Batch of B sequences, and in each the places of its
-    step scores. An answer is a row with question, response, truncated, and cuts, where its steps end in characters; its
-    own tokens (ids, ends) are read as they are if the model has the policy's tokenizer, which is then `policy_tokenizer`."""
-
-    def __init__(self, path: str, format: str, prompt: str, policy_tokenizer=None):
-        self.path, self.format, self.prompt = path, FORMATS.get(format), prompt
-        self.tokenizer = reward_tokenizer(path, format)
-        vocab = policy_tokenizer and policy_tokenizer.get_vocab()
-        self.same = format == "own" and vocab == self.tokenizer.get_vocab()
-        config = load_config(path)
-        limits = config.max_position_embeddings, getattr(config, "sliding_window", None)
-        self.limit = min(x for x in limits if x)
-
-    def __call__(self, rows: list[dict]) -> tuple[Batch, list[list[int]]]:
-        """Raises UserError if an answer is longer than the model can read."""
-        if self.format is None:
-            batch, ends = read_own(self.tokenizer, rows, self.prompt, self.same)
-        else:
-            read = [self.format.render(self.tokenizer, row["question"], steps_of(row)) for row in rows]
-            truncated = torch.tensor([row["truncated"] for row in rows], dtype=torch.bool)
-            batch = Batch([ids[:1] for ids, _ in read], [ids[1:] for ids, _ in read], truncated)
-            ends = [[mark - 1 for mark in marks] for _, marks in read]
-        longest = max((len(p) + len(r) for p, r in zip(batch.prompts, batch.responses)), default=0)
-        if longest > self.limit:
-            mend = "lower --max-new-tokens, or leave it out"
-            raise UserError(f"{self.path} reads {self.limit} tokens, and an answer takes {longest}: {mend}")
-        return batch, ends
 
 
 def read_own(tokenizer, rows: list[dict], prompt: str, same: bool = False) -> tuple[Batch, list[list[int]]]:
@@ -355,6 +325,17 @@ def reward_tokenizer(path: str, format: str):
     return tokenizer
 
 
+def without(mark: str, text: str) -> str:
+    while mark in text:  # what is left around a mark may be one
+        text = text.replace(mark, "")
+    return text
+
+
+def occurrences(text: str, mark: str) -> list[int]:
+    """Where each mark ends."""
+    return [match.end() for match in re.finditer(re.escape(mark), text)]
+
+
 def render_qwen(tokenizer, question: str, steps: list[str]) -> tuple[list[int], list[int]]:
     """Qwen2.5-Math-PRM-7B and -72B, Qwen2.5-Math-7B-PRM800K: a chat, <extra_0> behind each step."""
     mark = "<extra_0>"
@@ -374,15 +355,14 @@ def render_shepherd(tokenizer, question: str, steps: list[str]) -> tuple[list[in
     return encode_steps(tokenizer, text, occurrences(text, mark), add_special_tokens=True)
 
 
-def without(mark: str, text: str) -> str:
-    while mark in text:  # what is left around a mark may be one
-        text = text.replace(mark, "")
-    return text
-
-
-def occurrences(text: str, mark: str) -> list[int]:
-    """Where each mark ends."""
-    return [match.end() for match in re.finditer(re.escape(mark), text)]
+@lru_cache
+def around_turns(tokenizer) -> tuple[str, str, str]:
+    """The chat template's text before the first user's turn, from one to the next, and behind the last."""
+    turn = lambda text: [{"role": "user", "content": text}, {"role": "assistant", "content": "+"}]
+    turns = [*turn("<first>"), *turn("<second>")]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, date_string="26 Jul 2024")  # as Llama 3.1 has it
+    before, rest = text.split("<first>")
+    return before, *rest.split("<second>")
 
 
 def render_rlhflow(tokenizer, question: str, steps: list[str]) -> tuple[list[int], list[int]]:
@@ -394,16 +374,6 @@ def render_rlhflow(tokenizer, question: str, steps: list[str]) -> tuple[list[int
         text += (between if k else "") + (f"{question} {step.strip()}" if k == 0 else step).strip()
         cuts.append(len(text) + between.index("+"))
     return encode_steps(tokenizer, text + after, cuts)
-
-
-@lru_cache
-def around_turns(tokenizer) -> tuple[str, str, str]:
-    """The chat template's text before the first user's turn, from one to the next, and behind the last."""
-    turn = lambda text: [{"role": "user", "content": text}, {"role": "assistant", "content": "+"}]
-    turns = [*turn("<first>"), *turn("<second>")]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, date_string="26 Jul 2024")  # as Llama 3.1 has it
-    before, rest = text.split("<first>")
-    return before, *rest.split("<second>")
 
 
 def render_skywork(tokenizer, question: str, steps: list[str]) -> tuple[list[int], list[int]]:
@@ -449,6 +419,15 @@ def linear(size: int, weights: dict) -> nn.Linear:
     return head
 
 
+def two_words(path: str, lm, tokenizer) -> nn.Linear:
+    """The logits of "+" and "-", of the LM itself."""
+    output = lm.get_output_embeddings().weight
+    vocab = tokenizer.get_vocab()
+    plus, minus = (vocab.get("▁" + word, vocab[word]) for word in "+-")  # Mistral's begin with a space
+    weights = {} if output.is_meta else {"weight": (output[plus].float() - output[minus].float())[None].detach()}
+    return linear(output.shape[1], weights)
+
+
 def difference(weights: dict, prefix: str = "") -> dict:
     """Of the second class's row and the first one's."""
     rows = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
@@ -463,15 +442,6 @@ def published(path: str, lm, prefix: str, sizes: dict[str, tuple]) -> dict:
             want = "x".join(map(str, size))
             raise UserError(f"{path}: has no weight {prefix}{name} of {want}, so it is of another format: see --prm-format")
     return weights
-
-
-def two_words(path: str, lm, tokenizer) -> nn.Linear:
-    """The logits of "+" and "-", of the LM itself."""
-    output = lm.get_output_embeddings().weight
-    vocab = tokenizer.get_vocab()
-    plus, minus = (vocab.get("▁" + word, vocab[word]) for word in "+-")  # Mistral's begin with a space
-    weights = {} if output.is_meta else {"weight": (output[plus].float() - output[minus].float())[None].detach()}
-    return linear(output.shape[1], weights)
 
 
 def two_classes(path: str, lm, tokenizer) -> nn.Linear:
@@ -501,6 +471,36 @@ FORMATS = {
     "skywork": Format(render_skywork, value_head, ("skywork-o1-open-prm",)),
     "trl": Format(render_trl, two_classes, ("fortokenclassification",)),
 }
+
+
+class Reader:
+    """Puts answers to a reward model the way that it was trained on: a Batch of B sequences, and in each the places of its
+    step scores. An answer is a row with question, response, truncated, and cuts, where its steps end in characters; its
+    own tokens (ids, ends) are read as they are if the model has the policy's tokenizer, which is then `policy_tokenizer`."""
+
+    def __init__(self, path: str, format: str, prompt: str, policy_tokenizer=None):
+        self.path, self.format, self.prompt = path, FORMATS.get(format), prompt
+        self.tokenizer = reward_tokenizer(path, format)
+        vocab = policy_tokenizer and policy_tokenizer.get_vocab()
+        self.same = format == "own" and vocab == self.tokenizer.get_vocab()
+        config = load_config(path)
+        limits = config.max_position_embeddings, getattr(config, "sliding_window", None)
+        self.limit = min(x for x in limits if x)
+
+    def __call__(self, rows: list[dict]) -> tuple[Batch, list[list[int]]]:
+        """Raises UserError if an answer is longer than the model can read."""
+        if self.format is None:
+            batch, ends = read_own(self.tokenizer, rows, self.prompt, self.same)
+        else:
+            read = [self.format.render(self.tokenizer, row["question"], steps_of(row)) for row in rows]
+            truncated = torch.tensor([row["truncated"] for row in rows], dtype=torch.bool)
+            batch = Batch([ids[:1] for ids, _ in read], [ids[1:] for ids, _ in read], truncated)
+            ends = [[mark - 1 for mark in marks] for _, marks in read]
+        longest = max((len(p) + len(r) for p, r in zip(batch.prompts, batch.responses)), default=0)
+        if longest > self.limit:
+            mend = "lower --max-new-tokens, or leave it out"
+            raise UserError(f"{self.path} reads {self.limit} tokens, and an answer takes {longest}: {mend}")
+        return batch, ends
 
 
 def find_format(path: str, asked: str = "") -> str:
@@ -707,6 +707,39 @@ def cached(cache: Path, what: str, title: str, key: dict, make, rank: int = 0) -
     return folder
 
 
+def complete_indices(files: list[Path], each: int) -> dict[int, list[str]]:
+    """The lines of every index that has `each` of them in one file; a kill may have cut the last one."""
+    out = {}
+    for file in files:
+        found = {}
+        for line in whole_lines(file):
+            found.setdefault(json.loads(line)["index"], []).append(line)
+        out |= {i: lines[-each:] for i, lines in found.items() if len(lines) >= each}
+    return out
+
+
+def left_to_do(path: Path, parts: Path, what: str, settings: dict, total: int, each: int, size: int) -> list[int]:
+    """The first indices of the blocks that are missing. What there is of others is collected in one file."""
+    sidecar = path.with_name(path.name + ".settings")
+    if path.exists() and path.stat().st_size and not sidecar.exists():
+        raise UserError(f"{path} exists and is not one of our {what}: choose another --out")
+    held = path.exists() or any(parts.glob("*.jsonl"))
+    old = json.loads(sidecar.read_text()) if sidecar.exists() and held else settings
+    if changed := [f"{k} {old.get(k)} -> {v}" for k, v in settings.items() if old.get(k) != v]:
+        raise UserError(f"{path} was made with other settings ({', '.join(changed)}); remove it or choose another --out")
+    write(sidecar, json.dumps(settings))
+    files = [path, *sorted(parts.glob("*.jsonl"))]
+    lines = complete_indices(files, each)
+    missing = [i for i in range(0, total, size) if any(j not in lines for j in range(i, min(i + size, total)))]
+    if missing:
+        kept = [line for i in sorted(lines) if i // size * size not in missing for line in lines[i]]
+        write(parts / "done.jsonl", "".join(kept))
+        for file in files:
+            if file != parts / "done.jsonl":
+                file.unlink(missing_ok=True)
+    return missing
+
+
 def in_blocks(
     path: Path, what: str, settings: dict, total: int, each: int, make, rank: int = 0, world: int = 1,
     figures: dict | None = None, size: int = 64,
@@ -732,7 +765,7 @@ def in_blocks(
         bar.close()
         barrier()
         if rank == 0 and any(parts.glob("*.jsonl")):  # ours, or of a call that was killed just here
-            lines = whole_lines([path, *sorted(parts.glob("*.jsonl"))], each)
+            lines = complete_indices([path, *sorted(parts.glob("*.jsonl"))], each)
             write(path, "".join(line for i in range(total) for line in lines[i]))
         if rank == 0:
             shutil.rmtree(parts)
@@ -742,46 +775,21 @@ def in_blocks(
             held.close()
 
 
-def left_to_do(path: Path, parts: Path, what: str, settings: dict, total: int, each: int, size: int) -> list[int]:
-    """The first indices of the blocks that are missing. What there is of others is collected in one file."""
-    sidecar = path.with_name(path.name + ".settings")
-    if path.exists() and path.stat().st_size and not sidecar.exists():
-        raise UserError(f"{path} exists and is not one of our {what}: choose another --out")
-    held = path.exists() or any(parts.glob("*.jsonl"))
-    old = json.loads(sidecar.read_text()) if sidecar.exists() and held else settings
-    if changed := [f"{k} {old.get(k)} -> {v}" for k, v in settings.items() if old.get(k) != v]:
-        raise UserError(f"{path} was made with other settings ({', '.join(changed)}); remove it or choose another --out")
-    write(sidecar, json.dumps(settings))
-    files = [path, *sorted(parts.glob("*.jsonl"))]
-    lines = whole_lines(files, each)
-    missing = [i for i in range(0, total, size) if any(j not in lines for j in range(i, min(i + size, total)))]
-    if missing:
-        kept = [line for i in sorted(lines) if i // size * size not in missing for line in lines[i]]
-        write(parts / "done.jsonl", "".join(kept))
-        for file in files:
-            if file != parts / "done.jsonl":
-                file.unlink(missing_ok=True)
-    return missing
-
-
-def whole_lines(files: list[Path], each: int) -> dict[int, list[str]]:
-    """The lines of every index that has `each` of them in one file; a kill may have cut the last one."""
-    out = {}
-    for file in files:
-        found = {}
-        for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []:
-            if line.endswith("\n"):
-                found.setdefault(json.loads(line)["index"], []).append(line)
-        out |= {i: lines[-each:] for i, lines in found.items() if len(lines) >= each}
-    return out
-
-
 def identity(path: str) -> str:
     """What a cache was made from. For local files also their times of change, so that a new model is a new key."""
     p = Path(path)
     files = sorted(p.glob("*.safetensors")) or sorted(f for f in p.rglob("*") if f.is_file()) if p.is_dir() else []
     files = files or ([p] if p.is_file() else [])
     return " ".join([str(p.resolve()) if files else path, *(str(f.stat().st_mtime_ns) for f in files)])
+
+
+def new_reward_model(path: str, options: TrainOptions, device) -> ScalarModel:
+    return ScalarModel(load_causal_lm(path, device=device), options.likelihood).eval()
+
+
+def print_quality(quality: dict[str, float]) -> None:
+    figures = ", ".join(f"{k} {v:.3g}" for k, v in quality.items())
+    print(f"  on held-out questions: {figures or 'none are labelled'}", flush=True)
 
 
 def prepare_reward_model(
@@ -829,15 +837,6 @@ def prepare_reward_model(
     return str(folder)
 
 
-def new_reward_model(path: str, options: TrainOptions, device) -> ScalarModel:
-    return ScalarModel(load_causal_lm(path, device=device), options.likelihood).eval()
-
-
-def print_quality(quality: dict[str, float]) -> None:
-    figures = ", ".join(f"{k} {v:.3g}" for k, v in quality.items())
-    print(f"  on held-out questions: {figures or 'none are labelled'}", flush=True)
-
-
 # ------------------------------------------------------------------------------------------------ the script
 
 
@@ -852,7 +851,9 @@ class Options:
     out: str = option("", "label: the JSONL file to write; train: the folder to write")
 
 
-def main() -> None:
+def parse(argv: list[str] | None = None) -> tuple[str, Options, LabelOptions, TrainOptions]:
+    """The stage, and its options."""
+
     class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
         """Keep the lines of the description, show the defaults."""
 
@@ -861,20 +862,16 @@ def main() -> None:
         description=__doc__.split("train.py calls")[0], formatter_class=Formatter, allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("stage", choices=["label", "train", "test"])
-    given = vars(parser.parse_args())
+    given = vars(parser.parse_args(argv))
     stage = given.pop("stage")
-    o, label_options, train_options = (
-        cls(**{f.name: given[f.name] for f in fields(cls)}) for cls in (Options, LabelOptions, TrainOptions)
-    )
+    o, *more = (cls(**{f.name: given[f.name] for f in fields(cls)}) for cls in (Options, LabelOptions, TrainOptions))
     needed = {"label": ("model", "data", "out"), "train": ("model", "labels_file", "out"), "test": ("model", "labels_file")}
     for name in needed[stage]:
         if not getattr(o, name):
             raise UserError(f"{stage} needs --{name.replace('_', '-')}, see python prm.py --help")
     if o.prm_format and stage != "test":
         raise UserError("--prm-format says how a published PRM reads, for the stage test: drop it")
-    rank, world, device = start_processes()
-    with watching(rank, world):
-        run_stage(stage, o, label_options, train_options, rank, world, device)
+    return stage, o, *more
 
 
 def run_stage(stage: str, o: Options, label_options: LabelOptions, train_options: TrainOptions, rank, world, device) -> None:
@@ -904,6 +901,13 @@ def run_stage(stage: str, o: Options, label_options: LabelOptions, train_options
     quality = evaluate_reward_model(model, read, rows, train_options.kind, **where)
     if rank == 0:
         print_quality(quality)
+
+
+def main() -> None:
+    chosen = parse()
+    rank, world, device = start_processes()
+    with watching(rank, world):
+        run_stage(*chosen, rank, world, device)
 
 
 if __name__ == "__main__":

@@ -111,6 +111,17 @@ def uniforms(seeds: Tensor, steps: int) -> Tensor:
     return ((x >> 11) & (1 << 53) - 1).double() / (1 << 53)
 
 
+def invert(p: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The index (B,) at which the running sum of the weights p (B, M) passes u (B,) times their total, and how far into
+    that weight it does, in [0, 1]. An index of weight 0 spans an empty interval and is never returned."""
+    cdf = p.double().cumsum(-1)  # float32 sums of 150,000 terms would starve the rare tokens
+    total = cdf[:, -1:]
+    x = torch.minimum(u[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    index = torch.searchsorted(cdf, x, right=True)
+    rest = 1 - (cdf.gather(1, index) - x) / p.gather(1, index)
+    return index.squeeze(1), rest.clamp(0, 1).squeeze(1)
+
+
 def draw(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
     """Next tokens (B,) from logits (B, V) by inverting the distribution function at u (B,); greedy at temperature 0."""
     if temperature == 0:
@@ -131,94 +142,29 @@ def draw(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0) -> T
     return block * size + invert(inside, rest)[0]
 
 
-def invert(p: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """The index (B,) at which the running sum of the weights p (B, M) passes u (B,) times their total, and how far into
-    that weight it does, in [0, 1]. An index of weight 0 spans an empty interval and is never returned."""
-    cdf = p.double().cumsum(-1)  # float32 sums of 150,000 terms would starve the rare tokens
-    total = cdf[:, -1:]
-    x = torch.minimum(u[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    index = torch.searchsorted(cdf, x, right=True)
-    rest = 1 - (cdf.gather(1, index) - x) / p.gather(1, index)
-    return index.squeeze(1), rest.clamp(0, 1).squeeze(1)
-
-
-def rollout(
-    model: "nn.Module | Sampler",
-    prompts: list[list[int]],
-    n: int = 1,
-    *,
-    max_new_tokens: int | list[int],
-    eos_ids: list[int],
-    seeds: list[int] | None = None,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    slots: int = 256,
-    progress: str = "",
-    decided: Callable[[int, list[Sample]], bool] | None = None,
-) -> list[list[Sample]]:
-    """n samples for each prompt, in order: result[i][j] is sample j of prompts[i].
-
-    model: a causal LM, or a Sampler of one, which keeps its memory and its graphs for the next call.
-    max_new_tokens: one limit, or one for each prompt. seeds: one for each prompt (default: its index).
-    temperature 0 is greedy. slots: how many samples decode at once. progress: text of a progress bar, "" for none.
-    decided: then a prompt's samples are drawn 1, 1, 2, 4, ... at a time, until decided(i, result[i]) or there are n.
-    Raises UserError if a prompt and its limit do not fit the model's positions, ValueError for an empty prompt or limit."""
-    if not prompts:
-        return []
-    sampler = as_sampler(model)
-    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
-    if min(limits) < 1 or not all(prompts):
-        raise ValueError("every prompt needs a token, and every answer room for one")
-    longest = max(len(p) + limit for p, limit in zip(prompts, limits))
-    positions = sampler.model.config.max_position_embeddings
-    if longest > positions:
-        raise UserError(
-            f"a prompt and its response may take {longest} tokens, but the model has only {positions} positions; "
-            "lower --max-new-tokens"
-        )
-    # the long ones first, so that no straggler is left decoding alone; those that begin alike together
-    within, most = longest_of_each(prompts, range(len(prompts))), {}
-    for i, limit in enumerate(limits):
-        most[within[i]] = max(limit, most.get(within[i], 0))
-    order = sorted(range(len(prompts)), key=lambda i: (-most[within[i]], within[i], -limits[i]))
-    first = 1 if decided else n
-    todo = [(i, j) for i in reversed(order) for j in reversed(range(first))]
-    out = [[None] * first for _ in prompts]
-    slots = min(slots, len(prompts) * n)
-    seeds = uniforms(torch.tensor(range(len(prompts)) if seeds is None else seeds), n)
-    seeds = seeds.view(torch.int64)  # (prompts, n): one well-mixed seed for each sample
-    bar = tqdm(total=len(todo), desc=progress, unit="answer", disable=not progress, leave=False)
-    was_training = sampler.model.training
-    sampler.model.eval()
-    with torch.inference_mode():
-        sampler.start(slots, longest, max(limits), eos_ids, temperature, top_p)
-        while todo or sampler.live:
-            free = slots - len(sampler.live)
-            # wait for some free slots, since a prefill of one prompt costs as much as one of eight
-            if todo and (free >= min(len(todo), max(1, slots // 8)) or not sampler.live):
-                new, tokens = [], 0
-                while todo and len(new) < free and tokens < PREFILL:
-                    i, j = todo.pop()
-                    new.append((i, j))
-                    tokens += len(prompts[i]) * (j == 0)  # its other samples share it
-                sampler.fill(new, prompts, limits, seeds)
-            else:
-                sampler.step()
-            for (i, j), ids in sampler.retire():
-                out[i][j] = Sample(i, ids, ids[-1] not in eos_ids)
-                bar.update()
-                if decided and None not in out[i] and not decided(i, out[i]):
-                    more = range(len(out[i]), min(2 * len(out[i]), n))
-                    todo += [(i, j) for j in reversed(more)]
-                    out[i] += [None] * len(more)
-                    bar.total += len(more)
-    bar.close()
-    sampler.model.train(was_training)
+def longest_of_each(prompts: list[list[int]], which) -> dict[int, int]:
+    """For each of these prompts one that begins with it, as long as there is: prefilling that one serves both. In the order
+    of a dictionary, who begins another prompt begins the next one."""
+    out, after = {}, None
+    for i in sorted(which, key=lambda i: prompts[i], reverse=True):
+        begins = after is not None and prompts[after][: len(prompts[i])] == prompts[i]
+        out[i] = out[after] if begins else i
+        after = i
     return out
 
 
-def as_sampler(model) -> "Sampler":
-    return model if isinstance(model, Sampler) else Sampler(model)
+def capture_graph(step, captured: list):
+    """step() recorded as a CUDA graph. It shares the memory of those captured before: they run one at a time, and leave
+    nothing there that is read later."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=captured[0].pool() if captured else None):
+        step()
+    return graph
+
+
+def forward(model, ids: Tensor, seqs: Packed | Decode, keep) -> Tensor:
+    """Logits of the model at the positions `keep`."""
+    return model(input_ids=ids, position_ids=seqs.position_ids, seqs=seqs, use_cache=False, logits_to_keep=keep).logits
 
 
 class Sampler:
@@ -358,26 +304,80 @@ class Sampler:
         return out
 
 
-def longest_of_each(prompts: list[list[int]], which) -> dict[int, int]:
-    """For each of these prompts one that begins with it, as long as there is: prefilling that one serves both. In the order
-    of a dictionary, who begins another prompt begins the next one."""
-    out, after = {}, None
-    for i in sorted(which, key=lambda i: prompts[i], reverse=True):
-        begins = after is not None and prompts[after][: len(prompts[i])] == prompts[i]
-        out[i] = out[after] if begins else i
-        after = i
+def as_sampler(model) -> "Sampler":
+    return model if isinstance(model, Sampler) else Sampler(model)
+
+
+def rollout(
+    model: "nn.Module | Sampler",
+    prompts: list[list[int]],
+    n: int = 1,
+    *,
+    max_new_tokens: int | list[int],
+    eos_ids: list[int],
+    seeds: list[int] | None = None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    slots: int = 256,
+    progress: str = "",
+    decided: Callable[[int, list[Sample]], bool] | None = None,
+) -> list[list[Sample]]:
+    """n samples for each prompt, in order: result[i][j] is sample j of prompts[i].
+
+    model: a causal LM, or a Sampler of one, which keeps its memory and its graphs for the next call.
+    max_new_tokens: one limit, or one for each prompt. seeds: one for each prompt (default: its index).
+    temperature 0 is greedy. slots: how many samples decode at once. progress: text of a progress bar, "" for none.
+    decided: then a prompt's samples are drawn 1, 1, 2, 4, ... at a time, until decided(i, result[i]) or there are n.
+    Raises UserError if a prompt and its limit do not fit the model's positions, ValueError for an empty prompt or limit."""
+    if not prompts:
+        return []
+    sampler = as_sampler(model)
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    if min(limits) < 1 or not all(prompts):
+        raise ValueError("every prompt needs a token, and every answer room for one")
+    longest = max(len(p) + limit for p, limit in zip(prompts, limits))
+    positions = sampler.model.config.max_position_embeddings
+    if longest > positions:
+        raise UserError(
+            f"a prompt and its response may take {longest} tokens, but the model has only {positions} positions; "
+            "lower --max-new-tokens"
+        )
+    # the long ones first, so that no straggler is left decoding alone; those that begin alike together
+    within, most = longest_of_each(prompts, range(len(prompts))), {}
+    for i, limit in enumerate(limits):
+        most[within[i]] = max(limit, most.get(within[i], 0))
+    order = sorted(range(len(prompts)), key=lambda i: (-most[within[i]], within[i], -limits[i]))
+    first = 1 if decided else n
+    todo = [(i, j) for i in reversed(order) for j in reversed(range(first))]
+    out = [[None] * first for _ in prompts]
+    slots = min(slots, len(prompts) * n)
+    seeds = uniforms(torch.tensor(range(len(prompts)) if seeds is None else seeds), n)
+    seeds = seeds.view(torch.int64)  # (prompts, n): one well-mixed seed for each sample
+    bar = tqdm(total=len(todo), desc=progress, unit="answer", disable=not progress, leave=False)
+    was_training = sampler.model.training
+    sampler.model.eval()
+    with torch.inference_mode():
+        sampler.start(slots, longest, max(limits), eos_ids, temperature, top_p)
+        while todo or sampler.live:
+            free = slots - len(sampler.live)
+            # wait for some free slots, since a prefill of one prompt costs as much as one of eight
+            if todo and (free >= min(len(todo), max(1, slots // 8)) or not sampler.live):
+                new, tokens = [], 0
+                while todo and len(new) < free and tokens < PREFILL:
+                    i, j = todo.pop()
+                    new.append((i, j))
+                    tokens += len(prompts[i]) * (j == 0)  # its other samples share it
+                sampler.fill(new, prompts, limits, seeds)
+            else:
+                sampler.step()
+            for (i, j), ids in sampler.retire():
+                out[i][j] = Sample(i, ids, ids[-1] not in eos_ids)
+                bar.update()
+                if decided and None not in out[i] and not decided(i, out[i]):
+                    more = range(len(out[i]), min(2 * len(out[i]), n))
+                    todo += [(i, j) for j in reversed(more)]
+                    out[i] += [None] * len(more)
+                    bar.total += len(more)
+    bar.close()
+    sampler.model.train(was_training)
     return out
-
-
-def capture_graph(step, captured: list):
-    """step() recorded as a CUDA graph. It shares the memory of those captured before: they run one at a time, and leave
-    nothing there that is read later."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=captured[0].pool() if captured else None):
-        step()
-    return graph
-
-
-def forward(model, ids: Tensor, seqs: Packed | Decode, keep) -> Tensor:
-    """Logits of the model at the positions `keep`."""
-    return model(input_ids=ids, position_ids=seqs.position_ids, seqs=seqs, use_cache=False, logits_to_keep=keep).logits

@@ -36,15 +36,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
 import prm
 from data import (
     WORLDS, TextOptions, UserError, append, deal, draw, drop_known, encode_prompts, is_toy, load_mixture, mixture, option,
-    oracle, run_script, toy_problems, toy_solution, toy_tokenizer, write,
+    oracle, run_script, toy_problems, toy_solution, toy_tokenizer, whole_lines, write,
 )  # fmt: skip
-from eval import MADE_OF, before_after, combinations, commit, evaluate, judge, summarise
+from eval import MADE_OF, answer, before_after, combinations, commit, evaluate, judge, summarise
 from grader import VERDICTS
 from model import (
     DTYPES, Muon, NonFinite, ScalarModel, all_reduce, barrier, checkpoint_layers, eos_ids, gather, load_causal_lm,
@@ -166,104 +167,6 @@ DEFAULT = "qwen2-1.5b-instruct"  # with CUDA
 ALPHA = 0.5  # at which the embedded world's prm is hacked within 20 iterations, and clip, delta and clip-delta are not
 
 
-def parse(argv: list[str] | None = None) -> tuple[Options, str]:
-    """Options from the command line over a preset, and the sentence that says which preset runs and why."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="")
-    first.add_argument("--model", default="")
-    given = first.parse_known_args(argv)[0]
-    if given.preset:
-        preset, why = given.preset, "asked for by --preset"
-    elif given.model:
-        preset, why = "", "--model was given: general defaults, nothing tuned"
-    elif torch.cuda.is_available():
-        preset, why = DEFAULT, "CUDA is present; --preset toy runs the embedded world"
-    else:
-        preset, why = "toy", "no CUDA here: the embedded world, on the CPU"
-    if preset and preset not in PRESETS:
-        raise UserError(f"--preset {preset}: there is none of that name, choose {', '.join(PRESETS)}")
-    parser = HfArgumentParser(Options, usage="python train.py [--reward NAME] [--OPTION VALUE ...]", allow_abbrev=False)
-    parser.set_defaults(**PRESETS.get(preset, {}), preset=preset)
-    options = Options(**vars(parser.parse_args(argv)))
-    if not options.sweep:  # of which each run is checked
-        check(options)
-    elif options.workers < 0:
-        raise UserError("--workers must be at least 0")
-    if options.alpha is None:
-        options.alpha = ALPHA if options.reward != "success" else 0.0
-    return options, f"preset: {preset or 'none'} ({why})"
-
-
-def plan(o: Options, gpus: int, gpu_memory: float, node: int, longest: int) -> tuple[str, str]:
-    """A table of each GPU's memory by part, the largest slots and token budget that fit, and hours by phase; and what to
-    change if it does not fit."""
-    config, b = model_shape(o.model), torch.finfo(DTYPES[o.dtype]).bits // 8
-    reward_config = model_shape(o.prm or o.orm or o.completer or o.model) if reward_model_kind(o.reward) else None
-    shape, sharded = dict(ranks=gpus, b=b, reward_config=reward_config), gpus > 1 or b < 4
-    parts = lambda **new: memory(
-        config, replace(o, **new), shards=min(gpus, node), longest=longest, sharded=sharded, **shape
-    )  # fmt: skip
-    fits = lambda **new: total(parts(**new)) <= gpu_memory * 1e9 - RESERVE
-
-    def largest(name: str, most: int, **new) -> int:
-        """By bisection, the largest value of an option with which it fits; 0 if none does."""
-        low, high = 0, most + 1
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(**new, **{name: middle}) else (low, middle)
-        return low
-
-    slots, budget = largest("slots", 4096), largest("token_budget", 1 << 20)
-    time, tokens = hours(config, o, prompt=150, **shape), o.questions * o.samples * o.max_new_tokens / 2
-    rows = {**parts(), "total: what lasts, and the largest phase": total(parts())}
-    lines = [
-        f"GB of each GPU, of {gpus}, for prompts of {longest - o.max_new_tokens} and answers of {o.max_new_tokens} tokens",
-        *(f"  {name:42}{x / 1e9:8.1f}" for name, x in rows.items() if x),
-        f"fits in {gpu_memory:g} GB, {RESERVE / 1e9:g} of them for CUDA, NCCL and fragments: {'yes' if fits() else 'no'}",
-        f"largest --slots {slots}, largest --token-budget {budget if budget >= longest else 0} (each alone; 0: none fits)",
-        f"an iteration: {tokens / 1e6:.1f} million tokens of answers, if these are half as long as they may be,",
-        f"  and {sum(time.values()):.3f} hours at {EFFICIENCY:.0%} of an H100: "
-        + ", ".join(f"{phase} {x:.3f}" for phase, x in time.items()),
-        "the run: " + ", ".join(f"{phase} {x:.2f} hours" for phase, x in run_hours(config, o, time, **shape).items()),
-    ]
-    ways, less = [], {}
-    for flag in ("", "checkpoint_activations", "offload_frozen"):
-        less |= {flag: True} if flag else {}
-        slots = o.slots if fits(**less) else largest("slots", o.slots, **less)
-        if slots >= 16:
-            flags = [f"--{x.replace('_', '-')}" for x in less if not getattr(o, x)]
-            ways.append(" ".join([*flags, f"--slots {slots}"]))
-    ways.append("more GPUs, a smaller --token-budget or a smaller model")
-    return "\n".join(lines), "" if fits() else f"this does not fit: use {', or '.join(dict.fromkeys(ways))}"
-
-
-def run_hours(config, o: Options, iteration: dict, reward_config, ranks: int, b: int) -> dict[str, float]:
-    """Hours of a whole run by phase: what is made before it (labels with all completions, solutions of 8 steps), PPO, and
-    the evaluations, each greedy and sampled. Downloads are not counted."""
-    sampling = lambda config, answers, tokens: hours(
-        config, replace(o, questions=int(answers), samples=1, max_new_tokens=int(tokens)), ranks=ranks, prompt=150, b=b
-    )["sampling"]  # fmt: skip
-    out, T = {}, o.max_new_tokens
-    if reward_model_kind(o.reward) and not (o.prm or o.orm):
-        solutions = min(o.label_problems, 10**9) * o.label_samples
-        out["labels"] = sampling(config, solutions, T)
-        out["labels"] += sampling(reward_config, solutions * 8 * o.completions, T / 2)
-        passes = replace(o, questions=solutions, samples=1, epochs=o.rm_epochs)
-        out["reward model"] = hours(reward_config, passes, ranks=ranks, prompt=150, b=b)["update"] / 2  # no critic
-    out["PPO"] = o.iterations * sum(iteration.values())
-    evaluations = 2 + (o.iterations - 1) // o.eval_every if o.eval_every else 2
-    out["evaluation"] = evaluations * 2 * sampling(config, o.eval_problems * len(mixture(o.eval_data or o.data)), T)
-    return out
-
-
-def check_share(o: Options, world: int) -> None:
-    """Raises UserError if the processes cannot have as many questions each."""
-    if o.questions % world:
-        fewer = o.questions - o.questions % world
-        near = f"{fewer} or {fewer + world}" if fewer else world
-        raise UserError(f"--questions {o.questions} cannot be shared by {world} processes: choose {near}")
-
-
 def reward_model_kind(reward: str) -> str:
     return {"success": "", "orm": "orm"}.get(reward, "prm")
 
@@ -315,6 +218,104 @@ def check(o: Options) -> None:
         raise UserError(f"--minibatches {o.minibatches} is more than the {o.questions * o.samples} answers of an iteration")
     if not 0 < o.top_p <= 1:
         raise UserError("--top-p must be above 0 and at most 1")
+
+
+def parse(argv: list[str] | None = None) -> tuple[Options, str]:
+    """Options from the command line over a preset, and the sentence that says which preset runs and why."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="")
+    first.add_argument("--model", default="")
+    given = first.parse_known_args(argv)[0]
+    if given.preset:
+        preset, why = given.preset, "asked for by --preset"
+    elif given.model:
+        preset, why = "", "--model was given: general defaults, nothing tuned"
+    elif torch.cuda.is_available():
+        preset, why = DEFAULT, "CUDA is present; --preset toy runs the embedded world"
+    else:
+        preset, why = "toy", "no CUDA here: the embedded world, on the CPU"
+    if preset and preset not in PRESETS:
+        raise UserError(f"--preset {preset}: there is none of that name, choose {', '.join(PRESETS)}")
+    parser = HfArgumentParser(Options, usage="python train.py [--reward NAME] [--OPTION VALUE ...]", allow_abbrev=False)
+    parser.set_defaults(**PRESETS.get(preset, {}), preset=preset)
+    options = Options(**vars(parser.parse_args(argv)))
+    if not options.sweep:  # of which each run is checked
+        check(options)
+    elif options.workers < 0:
+        raise UserError("--workers must be at least 0")
+    if options.alpha is None:
+        options.alpha = ALPHA if options.reward != "success" else 0.0
+    return options, f"preset: {preset or 'none'} ({why})"
+
+
+def run_hours(config, o: Options, iteration: dict, reward_config, ranks: int, b: int) -> dict[str, float]:
+    """Hours of a whole run by phase: what is made before it (labels with all completions, solutions of 8 steps), PPO, and
+    the evaluations, each greedy and sampled. Downloads are not counted."""
+    sampling = lambda config, answers, tokens: hours(
+        config, replace(o, questions=int(answers), samples=1, max_new_tokens=int(tokens)), ranks=ranks, prompt=150, b=b
+    )["sampling"]  # fmt: skip
+    out, T = {}, o.max_new_tokens
+    if reward_model_kind(o.reward) and not (o.prm or o.orm):
+        solutions = min(o.label_problems, 10**9) * o.label_samples
+        out["labels"] = sampling(config, solutions, T)
+        out["labels"] += sampling(reward_config, solutions * 8 * o.completions, T / 2)
+        passes = replace(o, questions=solutions, samples=1, epochs=o.rm_epochs)
+        out["reward model"] = hours(reward_config, passes, ranks=ranks, prompt=150, b=b)["update"] / 2  # no critic
+    out["PPO"] = o.iterations * sum(iteration.values())
+    evaluations = 2 + (o.iterations - 1) // o.eval_every if o.eval_every else 2
+    out["evaluation"] = evaluations * 2 * sampling(config, o.eval_problems * len(mixture(o.eval_data or o.data)), T)
+    return out
+
+
+def plan(o: Options, gpus: int, gpu_memory: float, node: int, longest: int) -> tuple[str, str]:
+    """A table of each GPU's memory by part, the largest slots and token budget that fit, and hours by phase; and what to
+    change if it does not fit."""
+    config, b = model_shape(o.model), torch.finfo(DTYPES[o.dtype]).bits // 8
+    reward_config = model_shape(o.prm or o.orm or o.completer or o.model) if reward_model_kind(o.reward) else None
+    shape, sharded = dict(ranks=gpus, b=b, reward_config=reward_config), gpus > 1 or b < 4
+    parts = lambda **new: memory(
+        config, replace(o, **new), shards=min(gpus, node), longest=longest, sharded=sharded, **shape
+    )  # fmt: skip
+    fits = lambda **new: total(parts(**new)) <= gpu_memory * 1e9 - RESERVE
+
+    def largest(name: str, most: int, **new) -> int:
+        """By bisection, the largest value of an option with which it fits; 0 if none does."""
+        low, high = 0, most + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(**new, **{name: middle}) else (low, middle)
+        return low
+
+    slots, budget = largest("slots", 4096), largest("token_budget", 1 << 20)
+    time, tokens = hours(config, o, prompt=150, **shape), o.questions * o.samples * o.max_new_tokens / 2
+    rows = {**parts(), "total: what lasts, and the largest phase": total(parts())}
+    lines = [
+        f"GB of each GPU, of {gpus}, for prompts of {longest - o.max_new_tokens} and answers of {o.max_new_tokens} tokens",
+        *(f"  {name:42}{x / 1e9:8.1f}" for name, x in rows.items() if x),
+        f"fits in {gpu_memory:g} GB, {RESERVE / 1e9:g} of them for CUDA, NCCL and fragments: {'yes' if fits() else 'no'}",
+        f"largest --slots {slots}, largest --token-budget {budget if budget >= longest else 0} (each alone; 0: none fits)",
+        f"an iteration: {tokens / 1e6:.1f} million tokens of answers, if these are half as long as they may be,",
+        f"  and {sum(time.values()):.3f} hours at {EFFICIENCY:.0%} of an H100: "
+        + ", ".join(f"{phase} {x:.3f}" for phase, x in time.items()),
+        "the run: " + ", ".join(f"{phase} {x:.2f} hours" for phase, x in run_hours(config, o, time, **shape).items()),
+    ]
+    ways, less = [], {}
+    for flag in ("", "checkpoint_activations", "offload_frozen"):
+        less |= {flag: True} if flag else {}
+        slots = o.slots if fits(**less) else largest("slots", o.slots, **less)
+        if slots >= 16:
+            flags = [f"--{x.replace('_', '-')}" for x in less if not getattr(o, x)]
+            ways.append(" ".join([*flags, f"--slots {slots}"]))
+    ways.append("more GPUs, a smaller --token-budget or a smaller model")
+    return "\n".join(lines), "" if fits() else f"this does not fit: use {', or '.join(dict.fromkeys(ways))}"
+
+
+def check_share(o: Options, world: int) -> None:
+    """Raises UserError if the processes cannot have as many questions each."""
+    if o.questions % world:
+        fewer = o.questions - o.questions % world
+        near = f"{fewer} or {fewer + world}" if fewer else world
+        raise UserError(f"--questions {o.questions} cannot be shared by {world} processes: choose {near}")
 
 
 # ------------------------------------------------------------------------------------------------ preparation
@@ -396,6 +397,62 @@ def prepare(o: Options, found: list, parts: list, rank: int, world: int, device)
 # ------------------------------------------------------------------------------------------------ the loop
 
 
+def noted(answers: list[dict], iteration: int, scores, refined, outcome) -> list[dict]:
+    """Answers as samples.jsonl holds them, each with what its reward has of scores, refined rewards, an outcome score."""
+    out = []
+    for i, a in enumerate(answers):
+        steps = lambda x, i=i, K=a["steps"]: None if x is None else x[i, :K].tolist()
+        more = {"iteration": iteration, "scores": steps(scores), "refined": steps(refined)}
+        out.append({**a, **more, "outcome": None if outcome is None else outcome[i].item()})
+    return out
+
+
+def outcome_metrics(outcome, answers: list[dict]) -> dict:
+    """What an ORM says of finished answers, of all ranks: its mean for right and for wrong ones, the share of its variance
+    that correctness explains, and that correctness, steps and repeats explain together (ordinary least squares)."""
+    rows = [(o, a["correct"], a["steps"], a["repeats"]) for o, a in zip(outcome.tolist(), answers) if not a["truncated"]]
+    table = torch.tensor(gather(rows), dtype=torch.float64).view(-1, 4)
+    y, x, correct = table[:, 0], table.clone(), table[:, 1] > 0.5
+    x[:, 0] = 1
+
+    def explained(columns: int) -> float:
+        fit = x[:, :columns] @ (torch.linalg.pinv(x[:, :columns]) @ y)
+        return 1 - ((y - fit).var() / y.var()).item() if len(y) > 1 and y.var() > 1e-12 else math.nan
+
+    means = {"outcome_right": y[correct].mean().item(), "outcome_wrong": y[~correct].mean().item()}
+    return means | {"outcome_explained_by_correct": explained(2), "outcome_explained_by_more": explained(4)}
+
+
+class BrokenReward(UserError):
+    """The iteration cannot be rewarded; nothing has changed since the one before."""
+
+
+def adam(model, lr: float, betas: tuple) -> torch.optim.AdamW:
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=lr, betas=betas, weight_decay=0.0, fused=True)
+    for p in params:  # not at the first step, as torch would: a checkpoint before it holds and finds them too
+        moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+    return optimizer
+
+
+class Clock:
+    """Seconds by phase."""
+
+    def __init__(self):
+        self.seconds, self.last = {}, time.perf_counter()
+
+    def __call__(self, phase: str) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[f"seconds_{phase}"], self.last = now - self.last, now
+
+
+def hash_seed(*parts: int) -> int:
+    return zlib.crc32(repr(parts).encode())
+
+
 class Trainer:
     """Models, optimizers and problems of one run; `iteration` is the algorithm."""
 
@@ -433,6 +490,8 @@ class Trainer:
         # 1. sample, with the seeds of (iteration, question): the same answers whatever the number of ranks
         problems, samples, batch, keys = self.sample(iteration)
         clock("sample")
+        watched = self.watch(iteration)
+        clock("watch")
 
         # 2. grade the final answers, find the steps
         answers = judge(self.tokenizer, problems, samples, o.separator)
@@ -486,14 +545,7 @@ class Trainer:
         log = {"iteration": iteration, **log}
         log["tokens_per_step"] = log["tokens"] / max(log["steps"], 1e-9)
         log["tokens_per_second"] = log["tokens"] * total / sum(clock.seconds.values())
-        few = answers[:4]
-        for i, answer in enumerate(few):
-            K = answer["steps"]
-            answer["iteration"] = iteration
-            answer["scores"] = None if scores is None else scores[i, :K].tolist()
-            answer["refined"] = None if refined is None else refined[i, :K].tolist()
-            answer["outcome"] = None if outcome is None else outcome[i].item()
-        return log, few
+        return log, [watched, *noted(answers[:4], iteration, scores, refined, outcome)]
 
     def questions(self, iteration: int) -> list[int]:
         """Indices of the iteration's questions: of each data set its share, and every question once in each pass over its
@@ -537,30 +589,53 @@ class Trainer:
         o, plan, device = self.o, [rows for minibatch in plans for rows in minibatch], self.device
         read = batch, ends, plan
         if self.reward_model is not None and not self.read.same:  # another tokenizer, or another format: other tokens
-            problem = ""
-            try:
-                other, places = self.read(answers)
-            except UserError as error:
-                problem = str(error)
-            if problems := gather([problem] if problem else []):
-                raise BrokenReward(problems[0])
-            read = other, prm.pad_steps(places)[0], other.plans([list(range(len(answers)))], o.token_budget)[0]
+            read = self.reread(answers)
         logp_by = lambda policy: batch.map(lambda _, *packed: policy(*packed, o.temperature)[0], plan, device)
         jobs = [
             lambda: logp_by(self.policy),
             lambda: logp_by(self.reference),
             lambda: score_values(self.critic, batch, plan, device),
         ]
-        if o.reward == "orm":
-            jobs.append(lambda: prm.score_outcomes(self.reward_model, read[0], read[2], device))
-        elif self.reward_model is not None:
-            jobs.append(lambda: prm.score_steps(self.reward_model, *read, device))
+        if self.reward_model is not None:
+            jobs.append(lambda: self.learned(*read))
         logp, ref_logp, (values, final), *learned = side_by_side(*jobs)
         learned = learned[0] if learned else None
         if learned is not None and (bad := int(all_reduce((~learned.isfinite()).sum()))):
             raise BrokenReward(f"the reward model gives {bad} scores that are not finite: train it anew, or give another")
         scores, outcome = (None, learned) if o.reward == "orm" else (learned, None)
         return logp, ref_logp, values, final, scores, outcome
+
+    def reread(self, answers: list[dict]) -> tuple[Batch, Tensor, list]:
+        """The answers as the reward model reads them: a batch, the ends of its steps (B, K), and its micro-batches."""
+        problem = ""
+        try:
+            batch, ends = self.read(answers)
+        except UserError as error:
+            problem = str(error)
+        if problems := gather([problem] if problem else []):
+            raise BrokenReward(problems[0])
+        return batch, prm.pad_steps(ends)[0], batch.plans([list(range(len(answers)))], self.o.token_budget)[0]
+
+    def learned(self, batch: Batch, ends, plan: list) -> Tensor:
+        """Step scores (B, K), of an ORM outcome scores (B,)."""
+        if self.o.reward == "orm":
+            return prm.score_outcomes(self.reward_model, batch, plan, self.device)
+        return prm.score_steps(self.reward_model, batch, ends, plan, self.device)
+
+    def watch(self, iteration: int) -> dict:
+        """An answer to the first evaluation question, with the same random numbers in every iteration: `eval.py show` shows
+        what training makes of it. All ranks take part, since the reward model may be sharded."""
+        o, scores, refined, outcome = self.o, None, None, None
+        rows = answer(
+            self.sampler, self.tokenizer, self.test, [0], o.prompt, o.separator, max_new_tokens=o.max_new_tokens,
+            temperature=o.temperature, slots=o.slots, seed=o.seed,
+        )  # fmt: skip
+        if self.reward_model is not None:
+            learned = self.learned(*self.reread(rows))
+            scores, outcome = (None, learned) if o.reward == "orm" else (learned, None)
+        if scores is not None:
+            refined = refine(o.reward, scores, torch.ones_like(scores, dtype=torch.bool), o.eta)
+        return noted(rows, iteration, scores, refined, outcome)[0] | {"watched": True}
 
     def rollout_metrics(self, batch: Batch, answers: list[dict], mask, refined, outcome) -> dict:
         """One number for each of the B answers, to be averaged over all of them."""
@@ -604,57 +679,43 @@ class Trainer:
         return out
 
 
-def outcome_metrics(outcome, answers: list[dict]) -> dict:
-    """What an ORM says of finished answers, of all ranks: its mean for right and for wrong ones, the share of its variance
-    that correctness explains, and that correctness, steps and repeats explain together (ordinary least squares)."""
-    rows = [(o, a["correct"], a["steps"], a["repeats"]) for o, a in zip(outcome.tolist(), answers) if not a["truncated"]]
-    table = torch.tensor(gather(rows), dtype=torch.float64).view(-1, 4)
-    y, x, correct = table[:, 0], table.clone(), table[:, 1] > 0.5
-    x[:, 0] = 1
-
-    def explained(columns: int) -> float:
-        fit = x[:, :columns] @ (torch.linalg.pinv(x[:, :columns]) @ y)
-        return 1 - ((y - fit).var() / y.var()).item() if len(y) > 1 and y.var() > 1e-12 else math.nan
-
-    means = {"outcome_right": y[correct].mean().item(), "outcome_wrong": y[~correct].mean().item()}
-    return means | {"outcome_explained_by_correct": explained(2), "outcome_explained_by_more": explained(4)}
-
-
-class BrokenReward(UserError):
-    """The iteration cannot be rewarded; nothing has changed since the one before."""
-
-
-def adam(model, lr: float, betas: tuple) -> torch.optim.AdamW:
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=lr, betas=betas, weight_decay=0.0, fused=True)
-    for p in params:  # not at the first step, as torch would: a checkpoint before it holds and finds them too
-        moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
-    return optimizer
-
-
-class Clock:
-    """Seconds by phase."""
-
-    def __init__(self):
-        self.seconds, self.last = {}, time.perf_counter()
-
-    def __call__(self, phase: str) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[f"seconds_{phase}"], self.last = now - self.last, now
-
-
-def hash_seed(*parts: int) -> int:
-    return zlib.crc32(repr(parts).encode())
-
-
 # ------------------------------------------------------------------------------------------------ checkpoints
+
+
+FREE = (  # options that do not change what is computed
+    "name", "resume", "resume_from", "iterations", "save_every", "keep", "runs_dir", "slots", "threads", "token_budget",
+    "checkpoint_activations", "offload_frozen", "log_to", "sweep", "workers", *MADE_OF,
+)  # fmt: skip
+
+
+def fixed(options: dict) -> dict:
+    return {k: v for k, v in options.items() if k not in FREE}
+
+
+def differences(old: dict, new: dict) -> str:
+    return ", ".join(f"{k} {old.get(k)} -> {new.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k))
 
 
 def checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("checkpoint-*") if p.name[11:].isdigit())
+
+
+def remove(path: Path) -> None:
+    """First out of the way: a half removed checkpoint must not look like a damaged one."""
+    gone = path.with_name("checkpoint.old")
+    shutil.rmtree(gone, ignore_errors=True)
+    path.rename(gone)
+    shutil.rmtree(gone)
+
+
+def signature(path: Path) -> list:
+    """Name, size and checksum of a file."""
+    size = value = 0
+    if path.is_file():
+        with open(path, "rb") as file:
+            while block := file.read(1 << 24):
+                size, value = size + len(block), zlib.crc32(block, value)
+    return [path.name, size, value]
 
 
 def save_checkpoint(folder: Path, iteration: int, trainer: Trainer, sources: dict) -> None:
@@ -680,24 +741,6 @@ def save_checkpoint(folder: Path, iteration: int, trainer: Trainer, sources: dic
         for old in checkpoints(folder)[: -trainer.o.keep]:
             remove(old)
     barrier()
-
-
-def remove(path: Path) -> None:
-    """First out of the way: a half removed checkpoint must not look like a damaged one."""
-    gone = path.with_name("checkpoint.old")
-    shutil.rmtree(gone, ignore_errors=True)
-    path.rename(gone)
-    shutil.rmtree(gone)
-
-
-def signature(path: Path) -> list:
-    """Name, size and checksum of a file."""
-    size = value = 0
-    if path.is_file():
-        with open(path, "rb") as file:
-            while block := file.read(1 << 24):
-                size, value = size + len(block), zlib.crc32(block, value)
-    return [path.name, size, value]
 
 
 def load_checkpoint(folder: Path, trainer: Trainer, sources: dict) -> int:
@@ -737,23 +780,16 @@ def load_checkpoint(folder: Path, trainer: Trainer, sources: dict) -> int:
 # ------------------------------------------------------------------------------------------------ runs
 
 
-FREE = (  # options that do not change what is computed
-    "name", "resume", "resume_from", "iterations", "save_every", "keep", "runs_dir", "slots", "threads", "token_budget",
-    "checkpoint_activations", "offload_frozen", "log_to", "sweep", "workers", *MADE_OF,
-)  # fmt: skip
-
-
-def fixed(options: dict) -> dict:
-    return {k: v for k, v in options.items() if k not in FREE}
-
-
-def differences(old: dict, new: dict) -> str:
-    return ", ".join(f"{k} {old.get(k)} -> {new.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k))
-
-
 def restarted() -> bool:
     """By torchrun --max-restarts, with the same options. Its nodes count for themselves: one of them may say 0."""
     return bool(all_reduce(torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))), "max"))
+
+
+def same_options(folder: Path, o: Options) -> None:
+    """Raises UserError if the run in this folder has others."""
+    old = {**asdict(Options()), **json.loads((folder / "config.json").read_text())}  # of an older version, perhaps
+    if changed := differences(fixed(old), fixed(asdict(o))):
+        raise UserError(f"{folder} was started with other options ({changed}): use those, or another --name")
 
 
 def open_run(o: Options, again: bool = False) -> Path:
@@ -775,18 +811,9 @@ def open_run(o: Options, again: bool = False) -> Path:
     return folder
 
 
-def same_options(folder: Path, o: Options) -> None:
-    """Raises UserError if the run in this folder has others."""
-    old = {**asdict(Options()), **json.loads((folder / "config.json").read_text())}  # of an older version, perhaps
-    if changed := differences(fixed(old), fixed(asdict(o))):
-        raise UserError(f"{folder} was started with other options ({changed}): use those, or another --name")
-
-
 def keep_until(path: Path, iteration: int) -> None:
     """Drop the lines that a stopped run wrote after its checkpoint, and a half line."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= iteration]
-    write(path, "".join(kept))
+    write(path, "".join(line for line in whole_lines(path) if json.loads(line)["iteration"] <= iteration))
 
 
 class Interrupt:
@@ -846,33 +873,28 @@ def load_data(o: Options) -> tuple[list, list, list, list]:
     return problems, prompts, test, parts
 
 
-def run(o: Options, folder: Path, rank: int, world: int, device) -> None:
-    data = load_data(o)
-    if o.prm or o.orm:
-        found = prm.find_format(o.prm or o.orm, o.prm_format)  # now, not after the preparation
-        if o.orm and found != "own":
-            raise UserError(f"--orm {o.orm}: a published PRM; give it as --prm, with a reward that reads one")
-    if device.type == "cuda" and o.model:
-        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        longest = max(map(len, data[1])) + o.max_new_tokens
-        table, mend = plan(o, world, torch.cuda.get_device_properties(device).total_memory / 1e9, per_node, longest)
-        if rank == 0 and not mend:
-            print(table, flush=True)
-        if mend:
-            raise UserError(f"{table}\n{mend}")
-    policy, reward_model = prepare(o, data[0], data[3], rank, world, device)
-    gc.collect()  # the models that it needed: they refer to themselves
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    trainer = Trainer(o, data, policy, reward_model, rank, world, device)
-    made_of = {"policy": policy, "reward model": reward_model}
-    sources = on_rank_0(lambda: {what: prm.identity(path) if path else "" for what, path in made_of.items()})
-    trainer.made_of = dict(zip(MADE_OF, (policy, reward_model, on_rank_0(commit))))
-    sources["problems"] = prm.fingerprint(data[0])
-    with on_rank_0(lambda: lock(folder / "lock"), share=False) or nullcontext(), Interrupt() as interrupt:
-        loop(o, folder, trainer, sources, interrupt)
-    if interrupt.number and world == 1:  # what a shell expects; torchrun would take it for a failure, and start again
-        os.kill(os.getpid(), interrupt.number)
+def open_log(o: Options, folder: Path, start: int):
+    """log(metrics) to the service of --log-to, under the run's name; nothing without."""
+    numbers = lambda log: {k: v for k, v in log.items() if isinstance(v, int | float) and k != "iteration"}
+    if o.log_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+
+        def log(metrics: dict) -> None:
+            for name, value in numbers(metrics).items():
+                writer.add_scalar(name, value, metrics["iteration"])
+            writer.flush()
+
+        return log
+    if o.log_to == "wandb":
+        import wandb
+
+        name = f"{folder.name}-{zlib.crc32(str(folder.resolve()).encode()):08x}"
+        where = dict(project="reward-design", name=folder.name, id=name, resume="allow", dir=str(folder))
+        run = wandb.init(config=asdict(o), **where)
+        return lambda metrics: run.log(numbers(metrics), step=metrics["iteration"])
+    return lambda metrics: None
 
 
 def loop(o: Options, folder: Path, trainer: Trainer, sources: dict, interrupt: Interrupt) -> None:
@@ -936,31 +958,42 @@ def loop(o: Options, folder: Path, trainer: Trainer, sources: dict, interrupt: I
         print(f"\nwritten: {folder}/ (metrics.jsonl, samples.jsonl, model/)")
 
 
-def open_log(o: Options, folder: Path, start: int):
-    """log(metrics) to the service of --log-to, under the run's name; nothing without."""
-    numbers = lambda log: {k: v for k, v in log.items() if isinstance(v, int | float) and k != "iteration"}
-    if o.log_to == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
-
-        def log(metrics: dict) -> None:
-            for name, value in numbers(metrics).items():
-                writer.add_scalar(name, value, metrics["iteration"])
-            writer.flush()
-
-        return log
-    if o.log_to == "wandb":
-        import wandb
-
-        name = f"{folder.name}-{zlib.crc32(str(folder.resolve()).encode()):08x}"
-        where = dict(project="reward-design", name=folder.name, id=name, resume="allow", dir=str(folder))
-        run = wandb.init(config=asdict(o), **where)
-        return lambda metrics: run.log(numbers(metrics), step=metrics["iteration"])
-    return lambda metrics: None
+def run(o: Options, folder: Path, rank: int, world: int, device) -> None:
+    data = load_data(o)
+    if o.prm or o.orm:
+        found = prm.find_format(o.prm or o.orm, o.prm_format)  # now, not after the preparation
+        if o.orm and found != "own":
+            raise UserError(f"--orm {o.orm}: a published PRM; give it as --prm, with a reward that reads one")
+    if device.type == "cuda" and o.model:
+        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        longest = max(map(len, data[1])) + o.max_new_tokens
+        table, mend = plan(o, world, torch.cuda.get_device_properties(device).total_memory / 1e9, per_node, longest)
+        if rank == 0 and not mend:
+            print(table, flush=True)
+        if mend:
+            raise UserError(f"{table}\n{mend}")
+    policy, reward_model = prepare(o, data[0], data[3], rank, world, device)
+    gc.collect()  # the models that it needed: they refer to themselves
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    trainer = Trainer(o, data, policy, reward_model, rank, world, device)
+    made_of = {"policy": policy, "reward model": reward_model}
+    sources = on_rank_0(lambda: {what: prm.identity(path) if path else "" for what, path in made_of.items()})
+    trainer.made_of = dict(zip(MADE_OF, (policy, reward_model, on_rank_0(commit))))
+    sources["problems"] = prm.fingerprint(data[0])
+    with on_rank_0(lambda: lock(folder / "lock"), share=False) or nullcontext(), Interrupt() as interrupt:
+        loop(o, folder, trainer, sources, interrupt)
+    if interrupt.number and world == 1:  # what a shell expects; torchrun would take it for a failure, and start again
+        os.kill(os.getpid(), interrupt.number)
 
 
 # ------------------------------------------------------------------------------------------------ many runs
+
+
+def last_iteration(metrics: Path) -> int:
+    lines = whole_lines(metrics)
+    return json.loads(lines[-1])["iteration"] if lines else 0
+
 
 def sweep(o: Options, argv: list[str]) -> None:
     """All runs of a sweep, each a process of its own, some at once, under one progress bar. Those that are done are left as
@@ -1018,11 +1051,6 @@ def sweep(o: Options, argv: list[str]) -> None:
         last = (folder / f"{failed[0]}.log").read_text().strip().splitlines()[-1:]
         raise UserError(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; the first says: {' '.join(last)}")
     print(f"{len(runs)} runs in {folder}: " + " ".join(runs))
-
-
-def last_iteration(metrics: Path) -> int:
-    lines = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
-    return next((json.loads(line)["iteration"] for line in reversed(lines) if line.endswith(b"\n")), 0)
 
 
 def main() -> None:

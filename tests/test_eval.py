@@ -491,6 +491,7 @@ def claim_sweep(folder, monkeypatch, reward_model=""):
         (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         answer = {"iteration": 3, "question": "41b+5=", "response": "b41+5=46\n####46", "gold": "46", "cuts": [9, 15]}
         answer |= {"scores": [0.75, 0.5], "refined": [0.75, 0.5], "repeats": 0, "verdict": "match"}
+        answer |= {"steps": 2, "correct": True, "truncated": False, "outcome": None}
         (path / "samples.jsonl").write_text(json.dumps(answer) + "\n")
     return folder
 
@@ -515,8 +516,8 @@ def test_the_claims_over_metrics_give_each_runs_values_and_their_differences_by_
     assert column(table, "sampled, against before, %")["success"] == pytest.approx([20, 30])
     assert column(table, "the paper's greedy / sampled %")["prm"] == "11.16 / 14.68"
     assert found["curves"]["steps"]["delta"] == [[6, 7, 8]] * 2 and found["runs"][0]["commit"] == "abc"
-    assert [line.split() for line in found["texts"][0].splitlines()[2:4]] == [
-        ["b41+5=46", "0.75", "1.25"], ["####46", "0.50", "0.50"]]  # fmt: skip
+    assert [line.split() for line in found["texts"][0].splitlines()[3:]] == [
+        ["1", "0.75", "0.75", "1.62", "right", "b41+5=46"], ["2", "0.50", "0.50", "1.25", "right", "####46"]]  # fmt: skip
     assert render(table) in capsys.readouterr().out and (runs / "claims" / "hacking.png").stat().st_size > 10_000
 
     table = claim(monkeypatch, runs, "orm")["tables"][0]

@@ -198,6 +198,10 @@ def test_every_reward_runs_from_labels_to_a_model_that_transformers_loads(reward
         assert all(0 < score < 1 for s in samples for score in s["scores"])
     if reward == "orm":
         assert all(0 < s["outcome"] < 1 for s in samples)
+    watched = [s for s in samples if s.get("watched")]
+    assert [s["iteration"] for s in watched] == [1, 2, 3, 4] and len({s["question"] for s in watched}) == 1
+    assert watched[0]["response"] == watched[1]["response"] or learns  # the same random numbers
+    assert len(samples) == 4 * 5
 
 
 def test_labels_are_cached_and_made_anew_for_other_settings(tmp_path, tiny, capsys):
