@@ -125,6 +125,7 @@ WORLDS = {
 
 
 def is_toy(question: str) -> bool:
+    """Of any embedded world, toy or sums."""
     return any(world.pattern.fullmatch(question) for world in WORLDS.values())
 
 
@@ -168,6 +169,12 @@ def oracle(question: str, response: str) -> list[bool]:
         labels.append(good)
         start = end
     return labels
+
+
+def oracle_at(question: str, response: str, cuts: list[int]) -> list[bool | None]:
+    """`oracle` of the steps that end at these characters; None where no line ends, for others may cut elsewhere."""
+    right = dict(zip(split_steps(response, "\n"), oracle(question, response)))
+    return [right.get(cut) for cut in cuts]
 
 
 def toy_tokenizer(world: str = "toy"):
@@ -325,9 +332,9 @@ def deal(counts: list[int], places: int, weights: list[float]) -> list[int]:
     """Places for each weight, in all, after `places` more: each goes to the weight that would be furthest behind without it,
     so that the counts stay about as near to their shares as whole numbers can, and none ever shrinks."""
     counts, total = [*counts], sum(weights)
-    for place in range(sum(counts) + 1, sum(counts) + places + 1) if len(weights) > 1 else ():
+    for place in range(sum(counts) + 1, sum(counts) + places + 1):
         counts[max(range(len(weights)), key=lambda i: weights[i] / total * place - counts[i])] += 1
-    return counts if len(weights) > 1 else [counts[0] + places]
+    return counts
 
 
 def draw(problems: list[Problem], sizes: list[tuple[int, float]], count: int, seed: int) -> list[Problem]:
@@ -389,10 +396,9 @@ def split_steps(text: str, separator: str, finished: bool = True) -> list[int]:
     ends, start = [], 0
     while start < len(text):
         cut = text.find(separator, start)
-        last = cut < 0
-        end = len(text) if last else cut + len(separator)
-        if text[start : len(text) if last else cut].strip():
-            if not last or finished:
+        end = len(text) if cut < 0 else cut + len(separator)
+        if text[start:end].removesuffix(separator).strip():
+            if cut >= 0 or finished:
                 ends.append(end)
         elif ends:
             ends[-1] = end
@@ -450,6 +456,9 @@ def encode_steps(tokenizer, text: str, cuts: list[int], add_special_tokens: bool
     encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
     starts = [start for start, _ in encoded["offset_mapping"]]
     return encoded["input_ids"], [max(bisect_left(starts, cut) - 1, 0) for cut in cuts]
+
+
+# ------------------------------------------------------------------------------------------------ files and scripts
 
 
 def write(path: Path, text: str) -> None:

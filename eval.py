@@ -41,7 +41,7 @@ from transformers import HfArgumentParser
 
 import prm
 from data import (
-    Problem, TextOptions, UserError, encode_prompts, find_steps, is_toy, load_hub, load_problems, mixture, option, oracle,
+    Problem, TextOptions, UserError, encode_prompts, find_steps, is_toy, load_hub, load_problems, mixture, option, oracle_at,
     read_rows, run_script, split_steps, toy_lines, whole_lines, write,
 )  # fmt: skip
 from grader import extract, grade, verdict
@@ -71,11 +71,11 @@ def judge(tokenizer, problems: list[Problem], samples: list[list[Sample]], separ
 
 def answer(
     model, tokenizer, problems: list[Problem], indices, prompt: str, separator: str, *, max_new_tokens: int,
-    max_prompt_tokens: int = 1 << 30, temperature: float = 1.0, n: int = 1, slots: int = 256, seed: int = 0, progress="",
+    temperature: float = 1.0, n: int = 1, slots: int = 256, seed: int = 0, progress="",
 ) -> list[dict]:  # fmt: skip
     """n answers to each of the problems with these indices, in order. model: a causal LM or a Sampler of one."""
     sampler, chosen = as_sampler(model), [problems[i] for i in indices]
-    prompts = encode_prompts(tokenizer, chosen, prompt, max_prompt_tokens) if chosen else []
+    prompts = encode_prompts(tokenizer, chosen, prompt, 1 << 30) if chosen else []
     samples = rollout(
         sampler, prompts, n, max_new_tokens=max_new_tokens, eos_ids=eos_ids(sampler.model, tokenizer),
         temperature=temperature, slots=slots, seeds=[seed * 1_000_003 + i for i in indices], progress=progress,
@@ -137,19 +137,17 @@ def vote(votes: list[int | None], weights: list[float]) -> int | None:
 AGGREGATES = {"last": lambda s: s[-1], "min": min, "mean": lambda s: sum(s) / len(s), "product": math.prod}
 
 
-def best_of(correct: list[bool], weights: list[float], k: int) -> float:
-    """Share of the groups of k answers to one problem in which the one of the largest weight is right."""
-    groups = range(0, len(correct) // k * k, k)
-    return sum(correct[max(range(i, i + k), key=lambda j: weights[j])] for i in groups) / len(groups)
-
-
 def voted(correct: list[bool], votes: list[int | None], weights: list[float], k: int) -> float:
     """Share of the groups of k answers to one problem in which the candidate that is voted for is right."""
-    groups, right = range(0, len(correct) // k * k, k), 0
-    for i in groups:
-        chosen = vote(votes[i : i + k], weights[i : i + k])
-        right += any(c for c, v in zip(correct[i : i + k], votes[i : i + k]) if v == chosen and v is not None)
-    return right / len(groups)
+    groups = [slice(i, i + k) for i in range(0, len(correct) // k * k, k)]
+    chosen = [vote(votes[group], weights[group]) for group in groups]
+    right = [x is not None and (True, x) in zip(correct[group], votes[group]) for group, x in zip(groups, chosen)]
+    return sum(right) / len(groups)
+
+
+def best_of(correct: list[bool], weights: list[float], k: int) -> float:
+    """Share of the groups of k answers in which the one of the largest weight is right: each is its own candidate."""
+    return voted(correct, [*range(len(correct))], weights, k)
 
 
 def measures(greedy: list[dict], rows: list[dict], n: int, weights: dict[str, list[list[float]]]) -> dict[str, Tensor]:
@@ -158,7 +156,7 @@ def measures(greedy: list[dict], rows: list[dict], n: int, weights: dict[str, li
     groups = [rows[i : i + n] for i in range(0, len(rows), n)]
     correct = [[row["correct"] for row in group] for group in groups]
     out = {"greedy accuracy": [float(row["correct"]) for row in greedy], "sampled accuracy": [sum(c) / n for c in correct]}
-    ks = sorted({2**e for e in range(20) if 2**e <= n} | {n}) if n > 1 else []
+    ks = sorted({2**e for e in range(n.bit_length())} | {n}) if n > 1 else []
     votes = [[row["vote"] for row in group] for group in groups]
     for k in ks:
         out[f"pass@{k}"] = [pass_at_k(n, sum(c), k) for c in correct]
@@ -174,7 +172,7 @@ def measures(greedy: list[dict], rows: list[dict], n: int, weights: dict[str, li
 def bootstrap(values: Tensor, resamples: int = 1000, seed: int = 0) -> tuple[float, float, float]:
     """Mean of the values (P,) and its 95 % interval over resampled problems."""
     generator, P = torch.Generator().manual_seed(seed), len(values)
-    means = torch.stack([values[torch.randint(P, (P,), generator=generator)].mean() for _ in range(resamples)])
+    means = values[torch.randint(P, (resamples, P), generator=generator)].mean(1)  # (resamples,)
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
     return values.mean().item(), low, high
 
@@ -182,14 +180,20 @@ def bootstrap(values: Tensor, resamples: int = 1000, seed: int = 0) -> tuple[flo
 # ------------------------------------------------------------------------------------------------ reward models
 
 
-class Judge:
+def form_of(o: "Options", kind: str) -> str:
+    """How the --prm or --orm reads. Raises UserError for an --orm that is a PRM."""
+    form = prm.find_format(getattr(o, kind), o.prm_format if kind == "prm" else "")
+    if kind == "orm" and form != "own":
+        raise UserError(f"--orm {o.orm}: a PRM; give it as --prm, whose last step is one of the ways to judge")
+    return form
+
+
+class Scorer:
     """A reward model that scores answers: rows with question, response, cuts, truncated."""
 
     def __init__(self, o: "Options", kind: str, device):
         self.o, self.kind, self.path, self.device = o, kind, getattr(o, kind), device
-        form = prm.find_format(self.path, o.prm_format if kind == "prm" else "")
-        if kind == "orm" and form != "own":
-            raise UserError(f"--orm {self.path}: a PRM; give it as --prm, whose last step is one of the ways to judge")
+        form = form_of(o, kind)
         self.read = prm.Reader(self.path, form, o.prompt)
         self.model = prm.load_reward_model(self.path, DTYPES[o.dtype], device, form)
 
@@ -198,11 +202,11 @@ class Judge:
         batch, ends = self.read(rows)
         plan = batch.plan([i for i, ids in enumerate(batch.responses) if ids], 16384)
         if self.kind == "orm":
-            found = prm.score_outcomes(self.model, batch, plan, self.device)[:, None]
+            found = prm.score_outcomes(self.model, batch, plan, self.device)[:, None]  # (B, 1)
             mask = torch.ones_like(found, dtype=torch.bool)
         else:
             places, mask = prm.pad_steps(ends)
-            found = prm.score_steps(self.model, batch, places, plan, self.device)
+            found = prm.score_steps(self.model, batch, places, plan, self.device)  # (B, K)
         if not found[mask].isfinite().all():
             raise UserError(f"{self.path}: gives scores that are not finite: train it anew, or give another")
         return [s[m].tolist() for s, m in zip(found, mask)]
@@ -220,7 +224,7 @@ def first_wrong(scores: list[float], threshold: float) -> int:
     return next((k for k, score in enumerate(scores) if score < threshold), -1)
 
 
-def process_bench(name: str, judge: Judge, o: "Options", rank: int, world: int) -> dict[str, float]:
+def process_bench(name: str, scorer: Scorer, o: "Options", rank: int, world: int) -> dict[str, float]:
     """First wrong step (arXiv 2412.06559): % found exactly among the solutions with one, % passed among those without, and
     their harmonic mean F1. name: a split of Qwen/ProcessBench, or a file in its format."""
     local = Path(name).suffix or "/" in name or Path(name).exists()
@@ -237,7 +241,7 @@ def process_bench(name: str, judge: Judge, o: "Options", rank: int, world: int) 
     if not rows:
         raise UserError(f"{name}: holds no solutions")
     mine = range(rank, len(rows), world)
-    guesses = [first_wrong(s, o.threshold) for s in judge.scores([rows[i] for i in mine])] if mine else []
+    guesses = [first_wrong(s, o.threshold) for s in scorer.scores([rows[i] for i in mine])] if mine else []
     guesses = dict(gather([*zip(mine, guesses)]))
     hits = [guesses[i] == label for i, label in enumerate(labels)]
     share = lambda wrong: [h for h, label in zip(hits, labels) if (label >= 0) == wrong]
@@ -250,7 +254,7 @@ def answer_row(question: str, response: str, o: "Options") -> dict:
     return {"question": question, "response": response, "cuts": split_steps(response, o.separator), "truncated": False}
 
 
-def pairs_accuracy(name: str, judges: list[Judge], o: "Options", rank: int, world: int) -> dict[str, dict[str, Tensor]]:
+def pairs_accuracy(name: str, scorers: list[Scorer], o: "Options", rank: int, world: int) -> dict[str, dict[str, Tensor]]:
     """In the manner of RewardBench: for each way of judging and each subset, whether the chosen answer scored above the
     rejected one (P,); a tie counts as wrong."""
     pairs = [*read_rows(name, "filtered")]
@@ -261,8 +265,8 @@ def pairs_accuracy(name: str, judges: list[Judge], o: "Options", rank: int, worl
         raise UserError(f"{name}: holds no pairs")
     mine, wins = range(rank, len(pairs), world), {}
     rows = [answer_row(pairs[i][1]["prompt"], pairs[i][1][side], o) for i in mine for side in ("chosen", "rejected")]
-    for judge in judges:
-        for way, x in ways(judge.kind, judge.scores(rows) if rows else []).items():
+    for scorer in scorers:
+        for way, x in ways(scorer.kind, scorer.scores(rows) if rows else []).items():
             wins[way] = dict(gather([(i, x[2 * j] > x[2 * j + 1]) for j, i in enumerate(mine)]))
     subsets = [str(row.get("subset", "all")) for _, row in pairs]
     inside = {s: [i for i, subset in enumerate(subsets) if subset == s] for s in dict.fromkeys(subsets)}
@@ -302,6 +306,11 @@ def markdown(heads: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def percent(interval: tuple[float, float, float]) -> str:
+    """A mean and its interval."""
+    return "{:.1f} ({:.1f} to {:.1f})".format(*(100 * x for x in interval))
+
+
 def of_k(measure: str) -> tuple[str, int]:
     """`best of 4 by ORM` -> ("best of k by ORM", 4); k is 0 where a measure has none."""
     found = re.match(r"(pass@|(?:majority|best|vote) of )(\d+)(.*)", measure)
@@ -313,7 +322,7 @@ def results_table(results: dict[str, dict[str, list[float]]], sizes: dict[str, i
     heads, columns = ["% (95 % interval)"], []
     for name, figures in results.items():
         heads.append(f"{name}, {sizes[name]} problems")
-        columns.append({m: f"{100 * x[0]:.1f} ({100 * x[1]:.1f} to {100 * x[2]:.1f})" for m, x in figures.items()})
+        columns.append({m: percent(x) for m, x in figures.items()})
         if name in paper:
             heads.append("the paper's")
             both = zip(("greedy accuracy", "sampled accuracy"), paper[name])
@@ -324,12 +333,9 @@ def results_table(results: dict[str, dict[str, list[float]]], sizes: dict[str, i
 
 def over_k(figures: dict[str, list[float]], name: str) -> str:
     """How choosing among k answers grows with k; nothing where there is one answer."""
-    ks = sorted({of_k(measure)[1] for measure in figures} - {0})
-    methods = {of_k(measure)[0]: {} for measure in figures if of_k(measure)[1]}
-    for measure, (mean, *_) in figures.items():
-        if of_k(measure)[1]:
-            methods[of_k(measure)[0]][of_k(measure)[1]] = f"{100 * mean:.1f}"
-    rows = [[method, *(by.get(k, "") for k in ks)] for method, by in methods.items()]
+    cells = {of_k(measure): f"{100 * mean:.1f}" for measure, (mean, *_) in figures.items() if of_k(measure)[1]}
+    ks = sorted({k for _, k in cells})
+    rows = [[method, *(cells.get((method, k), "") for k in ks)] for method in dict.fromkeys(method for method, _ in cells)]
     return markdown([f"{name}, %", *(f"k = {k}" for k in ks)], rows) if rows else ""
 
 
@@ -341,27 +347,36 @@ def breakdown(problems: list[Problem], values: dict[str, Tensor]) -> str:
         for group in groups if len(groups) > 1 else ():
             mask = torch.tensor([getattr(p, kind) == group for p in problems])
             rows.append([f"{kind} {group}" if kind == "level" else group, str(int(mask.sum()))])
-            rows[-1] += ["{:.1f} ({:.1f} to {:.1f})".format(*(100 * x for x in bootstrap(v[mask]))) for v in values.values()]
+            rows[-1] += [percent(bootstrap(v[mask])) for v in values.values()]
     return markdown(["% (95 % interval)", "problems", *values], rows) if rows else ""
+
+
+def clean(text: str) -> str:
+    """What a model wrote may hold escape sequences, which would command the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+
+
+def word(verdict: str) -> str:
+    return {"match": "right", "mismatch": "wrong"}.get(verdict, verdict)
 
 
 def before_after(before: dict, after: dict, answers: tuple[list, list]) -> str:
     """What training changed: a table, and some answers before and after."""
     lines = [f"{'':28}{'before':>16}{'after':>16}"]
-    accuracy = lambda r, way, of: f"{100 * r[f'{way}_accuracy{of}']:.1f} ± {196 * r[f'{way}_stderr{of}']:.1f} %"
+    accuracy = lambda r, way, source: f"{100 * r[f'{way}_accuracy{source}']:.1f} ± {196 * r[f'{way}_stderr{source}']:.1f} %"
     sets = sorted(key.removeprefix("greedy_accuracy") for key in before if key.startswith("greedy_accuracy:"))
     for way in ("greedy", "sampled"):
-        for of in ("", *sets):
-            name = f"  {short(of[1:])}" if of else f"{way} accuracy"
-            lines.append(f"{name:28}{accuracy(before, way, of):>16}{accuracy(after, way, of):>16}")
+        for source in ("", *sets):
+            name = f"  {short(source[1:])}" if source else f"{way} accuracy"
+            lines.append(f"{name:28}{accuracy(before, way, source):>16}{accuracy(after, way, source):>16}")
         for key in ("steps", "tokens", "repeats", "truncated"):
             name = "  truncated answers" if key == "truncated" else f"  {key} per answer"
             lines.append(f"{name:28}{before[f'{way}_{key}']:>16.2f}{after[f'{way}_{key}']:>16.2f}")
     for b, a in zip(*answers):
-        lines.append(f"\nquestion  {b['question']}")
+        lines.append(f"\nquestion  {clean(b['question'])}")
         for when, x in (("before", b), ("after", a)):
-            kind = {"match": "right", "mismatch": "wrong"}.get(x["verdict"], x["verdict"])
-            lines.append(f"{when:9} {x['response'].strip()}   ({kind})".replace("\n", "\n" + " " * 10))
+            text = f"{when:9} {clean(x['response']).strip()}   ({word(x['verdict'])})"
+            lines.append(text.replace("\n", "\n" + " " * 10))
     return "\n".join(lines)
 
 
@@ -388,16 +403,15 @@ def compare(runs: list[dict]) -> str:
     """Runs side by side: their last evaluation, as a Markdown table."""
     heads = ["run", "iteration"]
     heads += [f"{way} {key}" for way in ("greedy", "sampled") for key in ("accuracy %", "steps", "tokens")]
-    heads.append("process reward")
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    rows = []
     for run in runs:
         m = run["metrics"]
         cells = [run["run"], str(m["iteration"])]
         for way in ("greedy", "sampled"):
             cells.append(f"{100 * m[f'{way}_accuracy']:.1f} ± {196 * m[f'{way}_stderr']:.1f}")
             cells += [f"{m[f'{way}_{key}']:.1f}" for key in ("steps", "tokens")]
-        lines.append("| " + " | ".join([*cells, f"{m.get('process_reward') or 0:.2f}"]) + " |")
-    return "\n".join(lines)
+        rows.append([*cells, f"{m.get('process_reward') or 0:.2f}"])
+    return markdown([*heads, "process reward"], rows)
 
 
 PANELS = {
@@ -418,26 +432,21 @@ LOOKS = [
 
 def new_figure(panels: list[str], columns: int):
     """A figure, and its axes, one for each title."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.67 * columns, 3 * rows + 0.3), layout="constrained", squeeze=False)
-    for ax, title in zip(axes.flat, panels):
+    figure = Figure(figsize=(3.67 * columns, 3 * rows + 0.3), layout="constrained")
+    axes = [*figure.subplots(rows, columns, squeeze=False).flat]
+    for ax, title in zip(axes, panels):
         ax.set_title(title, fontsize=10)
         ax.grid(alpha=0.3)
-    return figure, [*axes.flat]
+    return figure, axes
 
 
 def save_figure(figure, axes: list, path: str) -> None:
-    import matplotlib.pyplot as plt
-
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 9), fontsize=9, frameon=False)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def draw_curves(groups: dict[str, list[list[dict]]], path: str, panels: tuple[str, ...] = tuple(PANELS)) -> None:
@@ -475,6 +484,10 @@ SWEEPS = {  # the runs behind the README's claims, which `python train.py --swee
 }  # fmt: skip
 SEED = ("seed", "prepare_seed")
 MADE_OF = ("policy", "reward_model", "commit")  # which a run's config.json says, beside its options
+FREE = (  # what is in config.json and does not change what is computed
+    "name", "resume", "resume_from", "iterations", "save_every", "keep", "runs_dir", "slots", "threads", "token_budget",
+    "checkpoint_activations", "offload_frozen", "log_to", "sweep", "workers", *MADE_OF,
+)  # fmt: skip
 
 
 def combinations(words: list[str]) -> dict[str, dict[str, str]]:
@@ -528,8 +541,8 @@ def render(table: dict) -> str:
 
 
 def read_sweep(names: list[str], runs_dir: str) -> list[dict]:
-    """The runs of these sweeps that are done, and how many are not. Raises UserError if there is none, or if they differ in
-    more than they should."""
+    """The runs of these sweeps that are done; how many are not is printed. Raises UserError if there is none, or if they
+    differ in more than they should."""
     found, asked = [], combinations(names)
     for name in asked:
         folder = Path(runs_dir, name)
@@ -541,7 +554,7 @@ def read_sweep(names: list[str], runs_dir: str) -> list[dict]:
         raise UserError(f"{runs_dir}: holds no run of the sweep {' '.join(names)} that is done; {make}")
     if len(found) < len(asked):
         print(f"{len(asked) - len(found)} of {len(asked)} runs are not done: {make}")
-    free = {"name", "threads", "resume", "runs_dir", "workers", *MADE_OF} | {k for run in asked.values() for k in run}
+    free = {*FREE} - {"iterations"} | {k for run in asked.values() for k in run}
     fixed = [{k: v for k, v in run["options"].items() if k not in free} for run in found]
     for run, options in zip(found, fixed):
         if other := [k for k in {**fixed[0], **options} if options.get(k) != fixed[0].get(k)]:
@@ -567,9 +580,9 @@ def at(runs: list[dict], key: str, iteration: int, scale: float = 1.0) -> list[f
     return [scale * row[key] for row in rows if row.get(key) is not None]
 
 
-def gains(runs: list[dict], others: dict[int, dict], key: str, scale: float = 1.0) -> list[float]:
+def gains(runs: list[dict], others: list[dict], key: str, scale: float = 1.0) -> list[float]:
     """Of each run its last value less that of the other run of its seed, where there is one."""
-    pairs = [[run, others[seed_of(run)]] for run in runs if seed_of(run) in others]
+    pairs = [(run, other) for run in runs for other in others if seed_of(run) == seed_of(other)]
     return [x - y for x, y in (final(pair, key, scale) for pair in pairs)]
 
 
@@ -578,12 +591,11 @@ def rewards_table(runs: list[dict], title: str, paper: bool) -> dict:
     heads = ["reward", "alpha", "seeds", "greedy %", "sampled %", "sampled, against before, %", "against success, %"]
     heads += ["steps", "repeats", "process reward, first iteration", "last"]
     heads += ["the paper's greedy / sampled %"] if paper else []
-    success, rows = {seed_of(run): run for run in of(runs, reward="success")}, []
+    success, rows = of(runs, reward="success"), []
     cell = lambda reward: " / ".join(f"{x:.2f}" for x in PAPER["qwen2-1.5b-instruct", reward]["math"])
-    base = [*success.values()]
     rows.append([
-        "before", "", str(len(base)), at(base, "greedy_accuracy", 0, 100), at(base, "sampled_accuracy", 0, 100), "", "",
-        at(base, "sampled_steps", 0), at(base, "sampled_repeats", 0), "", "", *([cell("")] if paper else []),
+        "before", "", str(len(success)), at(success, "greedy_accuracy", 0, 100), at(success, "sampled_accuracy", 0, 100),
+        "", "", at(success, "sampled_steps", 0), at(success, "sampled_repeats", 0), "", "", *([cell("")] if paper else []),
     ])  # fmt: skip
     for reward in REWARDS:
         for alpha in sorted({run["options"]["alpha"] for run in of(runs, reward=reward)}):
@@ -666,7 +678,7 @@ def quality_of(run: dict) -> dict:
 def claim_labels(o: "Options", device) -> dict:
     """7: the process reward by exact, Monte-Carlo and noisy labels."""
     everything = read_sweep(["labels", "main"], o.runs_dir)
-    runs, success = of(everything, reward="prm"), {seed_of(run): run for run in of(everything, reward="success")}
+    runs, success = of(everything, reward="prm"), of(everything, reward="success")
     heads = ["labels", "seeds", "step AUROC against the oracle", "greedy %", "sampled %", "against success, %", "steps"]
     heads += ["against success", "repeats", "process reward, first iteration", "last"]
     kinds = {"exact": ("oracle", 0.0), "Monte-Carlo": ("hard", 0.0)}
@@ -681,7 +693,7 @@ def claim_labels(o: "Options", device) -> dict:
                 gains(group, success, "sampled_steps"), final(group, "sampled_repeats"), at(group, "process_reward", 1),
                 final(group, "process_reward"),
             ])  # fmt: skip
-    return {"runs": [*success.values(), *runs], "tables": [{"title": "labels", "heads": heads, "rows": rows}]}
+    return {"runs": [*success, *runs], "tables": [{"title": "labels", "heads": heads, "rows": rows}]}
 
 
 def claim_dense(o: "Options", device) -> dict:
@@ -698,8 +710,8 @@ def claim_cost(o: "Options", device) -> dict:
     runs, rows, phases = read_sweep(["main"], o.runs_dir), [], ("sample", "score", "refine", "update")
     for reward in [r for r in REWARDS if of(runs, reward=r)]:
         group = of(runs, reward=reward)
-        first = {phase: [at([run], f"seconds_{phase}", i)[0] for run in group for i in range(1, 6)] for phase in phases}
-        by = {phase: [sum(x[i : i + 5]) / 5 for i in range(0, len(x), 5)] for phase, x in first.items()}
+        mean = lambda run, phase: sum(at([run], f"seconds_{phase}", i)[0] for i in range(1, 6)) / 5
+        by = {phase: [mean(run, phase) for run in group] for phase in phases}
         rows.append([reward, str(len(group)), by["sample"], by["score"], [1000 * x for x in by["refine"]], by["update"],
                      [sum(x) for x in zip(*by.values())]])  # fmt: skip
     heads = ["seconds of an iteration", "seeds", "sample", "score", "refine, in milliseconds", "update", "total"]
@@ -730,14 +742,10 @@ def claim_best_of_n(o: "Options", device) -> dict:
         for measure, figures in json.loads((out / "results.json").read_text())["results"][c["data"]].items():
             values.setdefault(measure, []).append(100 * figures[0])
         quality.append((quality_of(run), quality_of(other[0])))
-    gain = lambda measure, base: [x - y for x, y in zip(values[measure], values[base])]
-    rows = [["pass@1", values["pass@1"], "", ""]]
-    rows.append(["majority of 16", values["majority of 16"], gain("majority of 16", "pass@1"), ""])
-    for way in ("ORM", *(f"PRM {name}" for name in AGGREGATES)):
-        for how in ("best", "vote"):
-            measure = f"{how} of 16 by {way}"
-            rows.append([measure, values[measure], gain(measure, "pass@1"), gain(measure, "majority of 16")])
-    rows.append(["pass@16", values["pass@16"], gain("pass@16", "pass@1"), gain("pass@16", "majority of 16")])
+    chosen = [f"{how} of 16 by {way}" for way in ("ORM", *(f"PRM {x}" for x in AGGREGATES)) for how in ("best", "vote")]
+    names = ["pass@1", "majority of 16", *chosen, "pass@16"]
+    gain = lambda i, base: [x - y for x, y in zip(values[names[i]], values[names[base]])] if i > base else ""
+    rows = [[name, values[name], gain(i, 0), gain(i, 1)] for i, name in enumerate(names)]
     heads = [f"%, {len(quality)} seeds, {o.problems or 500} problems each", "accuracy", "above pass@1", "above majority"]
     judged = [["PRM: steps, against the oracle", [q["auroc_oracle"] for q, _ in quality]],
               ["PRM: steps, against Monte-Carlo labels", [q["auroc"] for q, _ in quality]],
@@ -752,32 +760,31 @@ def claim_repeats(o: "Options", device) -> dict:
     the answer."""
     runs, most, tables, everything = of(read_sweep(["main"], o.runs_dir), reward="prm"), 10, [], {}
     for kind in ("repeated", "empty"):
-        sums, last = ({name: [[] for _ in range(most + 1)] for name in PROCESS + BASELINES} for _ in range(2))
+        sums, last = ({name: [] for name in PROCESS + BASELINES} for _ in range(2))  # of each run the means by m
         for run in runs:
             c, rng = run["options"], random.Random(0)
-            judge = Judge(Options(prm=c["reward_model"], prompt=c["prompt"]), "prm", device)
+            scorer = Scorer(Options(prm=c["reward_model"], prompt=c["prompt"]), "prm", device)
             rows, places = [], []
             for p in load_problems(c["data"], "test", 200):
                 lines = toy_lines(p.question)
                 k = rng.randrange(len(lines) - 1) + 1 if kind == "repeated" else len(lines) - 1
                 for m in range(most + 1):
                     more = [lines[k - 1] if kind == "repeated" else "="] * m
-                    rows.append(answer_row(p.question, "\n".join(lines[:k] + more + lines[k:]), judge.o))
+                    rows.append(answer_row(p.question, "\n".join(lines[:k] + more + lines[k:]), scorer.o))
                     places.append(k + m - 1)  # of the last step that was put in
             ends, mask = prm.pad_steps([row["cuts"] for row in rows])
             scores = torch.zeros(mask.shape)
-            scores[mask] = torch.tensor([x for row in judge.scores(rows) for x in row])
+            scores[mask] = torch.tensor([x for row in scorer.scores(rows) for x in row])
             for name in sums:
                 r = refine(name, scores, mask, c["eta"])
-                go = r.flip(1).cumsum(1).flip(1)  # the return-to-go
-                for m in range(most + 1):
-                    sums[name][m].append(r.sum(1)[m :: most + 1].mean().item())
-                    last[name][m].append(go[torch.arange(len(rows)), places][m :: most + 1].mean().item())
+                go = r.flip(1).cumsum(1).flip(1)[torch.arange(len(rows)), places]  # the return-to-go
+                for by, x in ((sums, r.sum(1)), (last, go)):
+                    by[name].append(x.view(-1, most + 1).mean(0).tolist())
         for what, by in (("sum", sums), ("return-to-go of the last one", last)):
             title, few = f"{kind} steps: {what}", (0, 1, 2, 3, 5, 10)
-            rows = [[name, *(x[m] for m in few)] for name, x in by.items()]
+            everything[title] = {name: [*map(list, zip(*x))] for name, x in by.items()}
+            rows = [[name, *(x[m] for m in few)] for name, x in everything[title].items()]
             tables.append({"title": title, "heads": [title, *(f"m = {m}" for m in few)], "rows": rows})
-            everything[title] = by
     return {"runs": runs, "tables": tables, "for m = 0 to 10": everything}
 
 
@@ -829,17 +836,17 @@ def explain(row: dict, alpha: float) -> dict:
     question, response, outcome = row["question"], row["response"], row["outcome"]
     pays = [None if outcome is None else alpha * outcome * (not row["truncated"])] * K
     pays = pays if r is None else [alpha * sum(r[k:]) for k in range(K)]
-    # by where a step ends: a run may have cut its answers elsewhere than the oracle does
-    right = dict(zip(split_steps(response, "\n"), oracle(question, response))) if is_toy(question) else {}
+    right = oracle_at(question, response, row["cuts"]) if is_toy(question) else [None] * K
     steps = [
         {"text": text, "repeats": texts.index(text) + 1 if text in texts[:k] else None, "score": s and s[k], "r": r and r[k],
-         "pays": pay, "return": None if pay is None else pay + row["correct"], "oracle": right.get(cut)}
-        for k, (text, cut, pay) in enumerate(zip(texts, row["cuts"], pays))
+         "pays": pay, "return": None if pay is None else pay + row["correct"], "oracle": good}
+        for k, (text, good, pay) in enumerate(zip(texts, right, pays))
     ]  # fmt: skip
-    verdict = {"match": "right", "mismatch": "wrong"}.get(row["verdict"], row["verdict"])
-    answer = {"question": question, "gold": extract(row["gold"]) or row["gold"], "verdict": verdict, "outcome": outcome}
-    answer |= {"correct": row["correct"], "watched": row.get("watched", False)}
-    return {**answer, "steps": steps, "rest": response[max([0, *row["cuts"]]) :].strip()}
+    return {
+        "question": question, "gold": extract(row["gold"]) or row["gold"], "verdict": word(row["verdict"]),
+        "outcome": outcome, "correct": row["correct"], "watched": row.get("watched", False), "steps": steps,
+        "rest": response[max([0, *row["cuts"]]) :].strip(),
+    }  # fmt: skip
 
 
 def read_show(folder: str) -> dict:
@@ -860,8 +867,6 @@ def read_show(folder: str) -> dict:
 def answer_text(answer: dict, colour: bool) -> str:
     """For the terminal: blue is good and vermilion bad, which the colour-blind tell apart."""
     paint = lambda text, value: f"\x1b[38;5;{32 if value > 0 else 166}m{text}\x1b[0m" if colour and value else text
-    # what a model wrote may hold escape sequences, which would command the terminal
-    clean = lambda text: "".join(c if c.isprintable() or c == "\n" else " " for c in text)
     middle = {"score": 0.5, "r": 0, "return": 0, "oracle": 0.5}
     columns = [key for key in middle if any(step[key] is not None for step in answer["steps"])]
     lines = [clean(f"{answer['question']}   gold {answer['gold']}, ") + paint(answer["verdict"], answer["correct"] - 0.5)]
@@ -967,22 +972,20 @@ def parse(argv: list[str] | None = None) -> tuple[Options, tuple[str, str]]:
 
 def with_votes(rows: list[dict], n: int) -> list[dict]:
     """What is kept of the answers; each with its "vote": which of the n answers to its problem is the first equal one."""
-    votes = []
-    for i in range(0, len(rows), n):
-        votes += same_answers([None if row["truncated"] else extract(row["response"]) for row in rows[i : i + n]])
-    kept = [{k: v for k, v in row.items() if k not in ("ids", "ends")} for row in rows]
-    return [row | {"vote": vote} for row, vote in zip(kept, votes)]
+    texts = [None if row["truncated"] else extract(row["response"]) for row in rows]
+    votes = [vote for i in range(0, len(rows), n) for vote in same_answers(texts[i : i + n])]
+    return [{k: v for k, v in row.items() if k not in ("ids", "ends")} | {"vote": vote} for row, vote in zip(rows, votes)]
 
 
 def read_answers(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def score_answers(judge, answers: Path, file: Path, n: int, problems: int, settings: dict, rank: int, world: int) -> None:
+def score_answers(scorer, answers: Path, file: Path, n: int, problems: int, settings: dict, rank: int, world: int) -> None:
     rows, settings = read_answers(answers), {**settings, "answers": zlib.crc32(answers.read_bytes())}
 
     def make(block) -> list[dict]:
-        found = judge().scores([row for i in block for row in rows[i * n : (i + 1) * n]])
+        found = scorer().scores([row for i in block for row in rows[i * n : (i + 1) * n]])
         return [{"index": i, "scores": found[j * n : (j + 1) * n]} for j, i in enumerate(block)]
 
     prm.in_blocks(file, file.stem, settings, problems, 1, make, rank, world, size=max(1, 1024 // n))
@@ -1025,7 +1028,7 @@ def evaluate_model(o: Options, known: tuple[str, str], rank: int, world: int, de
     tokenizer = load_tokenizer(o.model)
     for kind in ("orm", "prm"):  # bad input first
         if getattr(o, kind):
-            prm.find_format(getattr(o, kind), o.prm_format if kind == "prm" else "")
+            form_of(o, kind)
     for problems in sets.values():
         encode_prompts(tokenizer, problems, o.prompt, o.max_prompt_tokens)
     same = (*(f.name for f in fields(TextOptions)), "samples", "temperature", "seed", "dtype")
@@ -1050,11 +1053,11 @@ def evaluate_model(o: Options, known: tuple[str, str], rank: int, world: int, de
             prm.in_blocks(file, f"{name} {way}", key, len(problems), n, make, rank, world, size=size)
     sampler.cache_clear()  # room for the reward models
     for kind in ("orm", "prm"):
-        judge = lru_cache(lambda kind=kind: Judge(o, kind, device))
+        scorer = lru_cache(lambda kind=kind: Scorer(o, kind, device))
         for name, problems in sets.items() if getattr(o, kind) else ():
             model = {**settings, kind: prm.identity(getattr(o, kind)), "format": o.prm_format}
             file = folder / f"{name}-{kind}-{digest(model)}.jsonl"
-            score_answers(judge, answers[name, "sampled"], file, o.samples, len(problems), model, rank, world)
+            score_answers(scorer, answers[name, "sampled"], file, o.samples, len(problems), model, rank, world)
             found = ways(kind, [s for row in read_answers(file) for s in row["scores"]])
             places = range(0, len(problems) * o.samples, o.samples)
             weights[name] |= {way: [w[i : i + o.samples] for i in places] for way, w in found.items()}
@@ -1064,10 +1067,10 @@ def evaluate_model(o: Options, known: tuple[str, str], rank: int, world: int, de
 
 def evaluate_reward_models(o: Options, rank: int, world: int, device) -> None:
     Path(o.out).parent.mkdir(parents=True, exist_ok=True)
-    judges = {kind: Judge(o, kind, device) for kind in ("orm", "prm") if getattr(o, kind)}
+    scorers = {kind: Scorer(o, kind, device) for kind in ("orm", "prm") if getattr(o, kind)}
     text, results = [], {}
     if o.processbench:
-        found = {name: process_bench(name, judges["prm"], o, rank, world) for name in mixture(o.processbench)}
+        found = {name: process_bench(name, scorers["prm"], o, rank, world) for name in mixture(o.processbench)}
         results["processbench"] = found
         heads = ("erroneous", "correct", "F1")
         rows = [[short(name), *(f"{x[k]:.1f}" for k in heads), str(x["solutions"])] for name, x in found.items()]
@@ -1075,11 +1078,10 @@ def evaluate_reward_models(o: Options, rank: int, world: int, device) -> None:
             rows.append(["mean", "", "", f"{sum(x['F1'] for x in found.values()) / len(found):.1f}", ""])
         text.append(markdown(["ProcessBench, %", *heads, "solutions"], rows))
     if o.pairs:
-        wins = pairs_accuracy(o.pairs, [*judges.values()], o, rank, world)
+        wins = pairs_accuracy(o.pairs, [*scorers.values()], o, rank, world)
         results["pairs"] = {way: {s: bootstrap(x) for s, x in by.items()} for way, by in wins.items()}
         subsets = [*next(iter(wins.values()))]
-        cell = "{:.1f} ({:.1f} to {:.1f})"
-        rows = [[way, *(cell.format(*(100 * x for x in results["pairs"][way][s])) for s in subsets)] for way in wins]
+        rows = [[way, *(percent(results["pairs"][way][s]) for s in subsets)] for way in wins]
         text.append(markdown(["chosen above rejected, %", *subsets], rows))
     if rank == 0:
         print("\n\n".join(text))
@@ -1095,7 +1097,7 @@ def main() -> None:
         runs = [last_evaluation(folder) for folder in o.runs]
         print(compare(runs))
         if o.out:
-            Path(o.out).write_text(json.dumps(runs, indent=1))
+            write(Path(o.out), json.dumps(runs, indent=1))
         if o.figure:
             draw_curves({Path(folder).name: [read_run(folder)] for folder in o.runs}, o.figure)
             print(f"\nwritten: {o.figure}")

@@ -87,7 +87,7 @@ class KVCache:
         heads = config.num_key_value_heads
         cuda = torch.device(device).type == "cuda"
         # flash attention reads the lengths on the device: it needs no window, and one graph serves all lengths
-        self.reads_lengths = cuda and dtype in (torch.float16, torch.bfloat16)
+        self.reads_lengths = cuda and dtype != torch.float32
         self.granularity = max_tokens if self.reads_lengths else 256 if cuda else 32
         # whole windows: the window of a step, and with it the rounding of its sums, must not depend on the cache's size
         max_tokens = -(-max_tokens // self.granularity) * self.granularity
@@ -235,7 +235,8 @@ AttentionInterface.register(ATTENTION, attention)
 
 
 class RMSNorm(torch.autograd.Function):
-    """y = x / rms(x) * weight, over the last dimension; forward as without gradients, or the ratio would not start at 1."""
+    """y = x / rms(x) * weight (arXiv 1910.07467), over the last dimension; forward as without gradients, or the ratio would
+    not start at 1."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -270,7 +271,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Rotate(torch.autograd.Function):
-    """Rotary embedding: x (B, T, H, D) times cos, plus (-second half, first half) times sin."""
+    """Rotary embedding (arXiv 2104.09864): x (B, T, H, D) times cos, plus (-second half, first half) times sin."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
@@ -512,7 +513,7 @@ class ScalarModel(nn.Module):
         return self.head(x).sum(-1)  # of one; FSDP wants no views
 
     def lowest_log_prob(self, hidden: Tensor, packed: Packed) -> Tensor:
-        logp = self.lm.get_output_embeddings()(hidden[:-1]).float().log_softmax(-1)
+        logp = self.lm.get_output_embeddings()(hidden[:-1]).float().log_softmax(-1)  # (N - 1, V)
         logp = F.pad(logp.gather(-1, packed.ids[0, 1:, None]).squeeze(-1), (1, 0))  # (N,) of each token, given those before
         logp = logp * packed.is_response
         return torch.cat([x.cummin(0).values for x in logp.split(packed.lengths)])
@@ -803,10 +804,12 @@ def gather(rows: list) -> list:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for the hidden matrices of small models: momentum, orthogonalised by Newton-Schulz iterations in float32.
+    """Muon (kellerjordan.github.io/posts/muon) for the hidden matrices of small models: momentum, orthogonalised by
+    Newton-Schulz iterations in float32.
 
     torch.optim.Muon iterates in bfloat16, one matrix at a time, which on a CPU takes longer than the whole backward
-    pass of the embedded model; here all matrices of one shape go together. The update has the RMS of AdamW's."""
+    pass of the embedded model; here all matrices of one shape go together. The update has the RMS of AdamW's (arXiv
+    2502.16982)."""
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -816,7 +819,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for shape in {p.shape for p in group["params"]}:
                 params = [p for p in group["params"] if p.shape == shape]
-                x = torch.stack([p.grad for p in params])
+                x = torch.stack([p.grad for p in params])  # (matrices, rows, columns)
                 momentum = self.state[params[0]].setdefault("momentum", torch.zeros_like(x))
                 momentum.lerp_(x, 1 - group["momentum"])
                 x = x.lerp(momentum, group["momentum"])

@@ -1,8 +1,8 @@
 """PPO for token sequences with rewards at any token: log-probabilities, GAE, whitening, value normalisation, the update.
 
-    A_t  = sum over l >= t of (gamma * lambda)^(l-t) * (r_l + gamma * V_(l+1) - V_l)        `gae`
+    A_t  = sum over l >= t of (gamma * lambda)^(l-t) * (R_l + gamma * V_(l+1) - V_l)        `gae`; R_t: the token's reward
     L_pi = - mean over tokens of min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A)          `policy_loss`
-    L_V  = 0.5 * mean over tokens of max((V - R)^2, (clip(V, V_old +- eps_V) - R)^2)        `value_loss`
+    L_V  = 0.5 * mean over tokens of max((V - G)^2, (clip(V, V_old +- eps_V) - G)^2)        `value_loss`; G_t = A_t + V_t
 
 Tensors are (B, T): B responses of up to T tokens. Only these small tensors are padded; models see packed rows of N tokens.
 All sums are divided by the number of response tokens of the whole minibatch over all ranks, so the gradient depends
@@ -148,8 +148,8 @@ def whiten(advantages: Tensor, mask: Tensor) -> Tensor:
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1 - Var(R - V) / Var(R): 1 for a perfect critic, 0 for a constant one (and where all returns are equal, so that
-    nothing is to be explained), below 0 for one that misleads."""
+    """1 - Var(G - V) / Var(G) of the returns G: 1 for a perfect critic, 0 for a constant one (and where all returns are
+    equal, so that nothing is to be explained), below 0 for one that misleads."""
     var = lambda x: (masked_mean(x**2, mask) - masked_mean(x, mask) ** 2).item()
     return 1 - var(returns - values) / var(returns) if var(returns) > 1e-12 else 0.0
 
@@ -191,7 +191,7 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, clip: float)
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
-    """Squared error for each token (N,), the larger of clipped and unclipped; clip 0 switches clipping off."""
+    """Half the squared error for each token (N,), the larger of clipped and unclipped; clip 0 switches clipping off."""
     loss = (values - returns) ** 2
     if clip:
         clipped = old_values + (values - old_values).clamp(-clip, clip)
@@ -200,7 +200,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float)
 
 
 @dataclass
-class Rollout:
+class Experience:
     """What `update` needs beside the batch, all (B, T)."""
 
     logp: Tensor  # of the policy that sampled, recomputed by the training forward: a KV cache rounds differently
@@ -212,9 +212,7 @@ class Rollout:
 def minibatches(keys: list[int], total: int, count: int, seed: int) -> list[list[int]]:
     """Deal this rank's rows into `count` minibatches. keys: the global index of each row, of `total`. The deal is made
     over global indices, so the union over ranks is the same whatever the number of ranks."""
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
-    place = torch.empty_like(order)
-    place[order] = torch.arange(total)
+    place = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).argsort()  # of each index in the deal
     dealt = [[] for _ in range(count)]
     for row, key in enumerate(keys):
         dealt[int(place[key]) * count // total].append(row)
@@ -226,7 +224,7 @@ def update(
     critic: nn.Module,
     optimizers: tuple,
     batch: Batch,
-    rollout: Rollout,
+    experience: Experience,
     plans: list[list[list[int]]],
     *,
     temperature: float = 1.0,
@@ -244,15 +242,15 @@ def update(
 
     def policy_terms(packed, keep, targets, take):
         logp, entropy = policy(packed, keep, targets, temperature, entropy=True)
-        loss = policy_loss(logp, take(rollout.logp), take(rollout.advantages), clip)
-        log_ratio = (logp - take(rollout.logp)).detach()
+        loss = policy_loss(logp, take(experience.logp), take(experience.advantages), clip)
+        log_ratio = (logp - take(experience.logp)).detach()
         off = log_ratio.expm1()  # ratio - 1
         errors.append(F.pad(off.abs(), (0, 1)).max())  # 0 where the micro-batch is empty
         return loss, entropy, off - log_ratio, (off.abs() > clip).float()
 
     def value_terms(packed, keep, targets, take):
         values = critic(packed)[keep]
-        return (value_loss(values, take(rollout.values), take(rollout.returns), value_clip),)
+        return (value_loss(values, take(experience.values), take(experience.returns), value_clip),)
 
     def train(model, optimizer, terms, learn=True):
         """Sums over the tokens of the terms, of which the first is the loss, and the norms of the gradients."""
@@ -296,7 +294,7 @@ PHASES = "sampling", "scoring", "update"
 def kept_bytes(config, b: int, cuda: bool) -> tuple[int, int]:
     """Bytes of a token that autograd keeps for the backward pass: of one layer, and of all outside the layers. The residual
     stream is not kept twice: a sum needs neither of its terms, and its result is the next norm's input."""
-    H, I, Q, K = width(config)  # noqa: E741
+    H, I, Q, K = width(config)
     Hq, Hkv = config.num_attention_heads, config.num_key_value_heads
     layer = b * (
         H + H  # the input of the norm, and its output, from which q, k and v are projected
@@ -323,9 +321,9 @@ def memory(
 
     shards: GPUs that share a model; ranks: all of them. longest: tokens of a prompt and its answer. reward_config: shape of
     the reward model, if it is another. b: bytes of the forwards' dtype. chunk: TokenLogProbs.CHUNK. What comes and goes has
-    its phase in front; only the largest phase counts, see `total`. Exact: parameters, and what autograd keeps. Estimated:
+    its phase in front; only the largest phase counts, see `peak`. Exact: parameters, and what autograd keeps. Estimated:
     what FSDP holds in flight."""
-    (n, layer, root, untied), (H, I, Q, K) = parameters(config), width(config)  # noqa: E741
+    (n, layer, root, untied), (H, I, Q, K) = parameters(config), width(config)
     V, L, N = config.vocab_size, config.num_hidden_layers, o.token_budget
     answers = -(-o.questions // ranks) * o.samples
     slots, prompt = min(o.slots, max(answers, -(-o.eval_problems // ranks))), longest - o.max_new_tokens
@@ -377,13 +375,13 @@ def memory(
     return parts | {"update: gradients": 4 * n / shards} | dict(zip(names, max(moments, key=sum)))
 
 
-def total(parts: dict[str, float]) -> float:
+def peak(parts: dict[str, float]) -> float:
     """What lasts, and the largest phase of what comes and goes."""
     phases = [sum(x for name, x in parts.items() if name.startswith(phase)) for phase in PHASES]
     return sum(parts.values()) - sum(phases) + max(phases)
 
 
-def hours(config, o, *, ranks: int, prompt: int, b: int = 2, reward_config=None) -> dict[str, float]:
+def hours(config, o, *, ranks: int, prompt: int = 150, b: int = 2, reward_config=None) -> dict[str, float]:
     """Hours of an iteration by phase: the slower of arithmetic and memory, at EFFICIENCY, for prompts of `prompt` tokens and
     answers half as long as they may be: how long they really are sets the time of everything, and is not known before.
     Left out: attention's products, FSDP's traffic, grading, the last answers that decode alone."""

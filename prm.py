@@ -32,7 +32,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from pathlib import Path
 
 import torch
@@ -43,7 +43,7 @@ from transformers import AutoTokenizer, HfArgumentParser, LlamaTokenizer
 
 from data import (
     SYSTEM, Problem, TextOptions, UserError, append, decode, draw, encode_prompts, encode_steps, find_steps, is_toy,
-    load_mixture, mixture, option, oracle, read_rows, run_script, whole_lines, write,
+    load_mixture, mixture, option, oracle_at, read_rows, run_script, whole_lines, write,
 )  # fmt: skip
 from grader import grade
 from model import (
@@ -98,7 +98,7 @@ def complete(completer, tokenizer, prefixes: list[tuple], problems: list[Problem
     see `audited`. A prefix is prefilled once for all completions that begin together."""
     outcomes = [[] for _ in prefixes]
 
-    def decided(j: int, samples: list) -> bool:
+    def graded(j: int, samples: list) -> bool:
         _, _, i, text = prefixes[j]
         texts = [text + decode(tokenizer, s.ids) for s in samples]
         new = range(len(outcomes[j]), len(samples))
@@ -108,18 +108,17 @@ def complete(completer, tokenizer, prefixes: list[tuple], problems: list[Problem
     found = rollout(
         completer, [prefix[0] for prefix in prefixes], o.completions, max_new_tokens=[prefix[1] for prefix in prefixes],
         seeds=[zlib.crc32(repr((o.seed, prefix[0])).encode()) for prefix in prefixes],
-        decided=decided if o.labels == "hard" else None, **sampler,
+        decided=graded if o.labels == "hard" else None, **sampler,
     )  # fmt: skip
     for j, samples in enumerate(found):
-        decided(j, samples)
+        graded(j, samples)
     return outcomes
 
 
 def describe(rows: list[dict], o: LabelOptions, prefixes: int, seconds: float) -> str:
     """What the labels look like: how many, how fast, their mean by step, and whether two halves agree."""
     labels = [label for row in rows for label in row["labels"]]
-    longest = max((len(row["labels"]) for row in rows), default=0)
-    columns = [[row["labels"][k] for row in rows if len(row["labels"]) > k] for k in range(longest)]
+    columns = [[y for y in column if y is not None] for column in zip_longest(*(row["labels"] for row in rows))]
     means = " ".join(f"{sum(column) / len(column):.2f}" for column in columns[:20])
     half = o.completions // 2
     pairs = [
@@ -172,7 +171,7 @@ def make_labels(
                 row |= {"truncated": s.truncated, "correct": not s.truncated and grade(problems[i].answer, text)}
                 rows.append(row | {"cuts": cuts, "labels": [0.0] * len(cuts), "outcomes": [[] for _ in cuts]})
                 if o.labels == "oracle":
-                    rows[-1]["labels"] = [float(good) for good in oracle(problems[i].question, text)[: len(cuts)]]
+                    rows[-1]["labels"] = [float(good) for good in oracle_at(problems[i].question, text, cuts)]
                     continue
                 for k, (cut, end) in enumerate(zip(cuts, ends)):
                     ids = s.ids[: end + 1] if own else encode_steps(reads, text[:cut], [])[0]
@@ -276,14 +275,12 @@ def read_labels(source: str, separator: str = "\n") -> list[dict]:
     out, and counted."""
     rows, found, faulty = [], 0, 0
     for where, row in read_rows(source, "train"):
-        convert = next((f for fields, f in SOURCES.items() if isinstance(row, dict) and row.keys() >= set(fields)), None)
-        if convert is None:
-            raise UserError(f"{where}: not a row of step labels (see read_labels in prm.py for the four formats)")
         try:
+            convert = next(f for fields, f in SOURCES.items() if row.keys() >= set(fields))
             new = convert(row, separator)
             if any(not (math.isfinite(y) and 0 <= y <= 1) for x in new for y in x["labels"]):
                 raise ValueError
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (StopIteration, LookupError, TypeError, ValueError, AttributeError):
             raise UserError(f"{where}: not a row of step labels (see read_labels in prm.py for the four formats)") from None
         rows.extend(new)
         found, faulty = found + 1, faulty + (not new)
@@ -325,9 +322,11 @@ def reward_tokenizer(path: str, format: str):
     return tokenizer
 
 
-def without(mark: str, text: str) -> str:
-    while mark in text:  # what is left around a mark may be one
-        text = text.replace(mark, "")
+def without(marks: list[str], text: str) -> str:
+    """A policy must not write marks of its own, nor spell out a chat's special tokens."""
+    pattern = re.compile("|".join(map(re.escape, marks)))
+    while marks and pattern.search(text):  # what is left around a mark may be one
+        text = pattern.sub("", text)
     return text
 
 
@@ -339,7 +338,7 @@ def occurrences(text: str, mark: str) -> list[int]:
 def render_qwen(tokenizer, question: str, steps: list[str]) -> tuple[list[int], list[int]]:
     """Qwen2.5-Math-PRM-7B and -72B, Qwen2.5-Math-7B-PRM800K: a chat, <extra_0> behind each step."""
     mark = "<extra_0>"
-    question, *steps = (without(mark, text) for text in (question, *steps))  # a policy must not write marks of its own
+    question, *steps = (without([mark], text) for text in (question, *steps))
     answer = "".join(step.strip() + mark for step in steps)
     roles = (("system", SYSTEM), ("user", question), ("assistant", answer))
     text = tokenizer.apply_chat_template([{"role": r, "content": c} for r, c in roles], tokenize=False)
@@ -349,7 +348,7 @@ def render_qwen(tokenizer, question: str, steps: list[str]) -> tuple[list[int], 
 def render_shepherd(tokenizer, question: str, steps: list[str]) -> tuple[list[int], list[int]]:
     """math-shepherd-mistral-7b-prm: "QUESTION Step 1: ... ки\\nStep 2: ... ки"; the mark's token begins with its space."""
     mark = " ки"
-    question, *steps = (without("ки", text).strip() for text in (question, *steps))
+    question, *steps = (without(["ки"], text).strip() for text in (question, *steps))
     numbered = [step if re.match(r"Step \d+:", step) else f"Step {k}: {step}" for k, step in enumerate(steps, 1)]
     text = f"{question} " + "\n".join(step + mark for step in numbered)
     return encode_steps(tokenizer, text, occurrences(text, mark), add_special_tokens=True)
@@ -492,7 +491,9 @@ class Reader:
         if self.format is None:
             batch, ends = read_own(self.tokenizer, rows, self.prompt, self.same)
         else:
-            read = [self.format.render(self.tokenizer, row["question"], steps_of(row)) for row in rows]
+            plain = lambda text: without(self.tokenizer.all_special_tokens, text)
+            texts = [(plain(row["question"]), [plain(step) for step in steps_of(row)]) for row in rows]
+            read = [self.format.render(self.tokenizer, *text) for text in texts]
             truncated = torch.tensor([row["truncated"] for row in rows], dtype=torch.bool)
             batch = Batch([ids[:1] for ids, _ in read], [ids[1:] for ids, _ in read], truncated)
             ends = [[mark - 1 for mark in marks] for _, marks in read]
@@ -635,7 +636,8 @@ def score_outcomes(model: ScalarModel, batch: Batch, plan: list[list[int]], devi
 
 
 def auroc(scores: Tensor, labels: Tensor) -> float:
-    """Probability that a positive (label > 0.5) scores above a negative, ties counted half; nan if a class is missing."""
+    """Probability that a positive (label > 0.5) scores above a negative, ties counted half: Mann-Whitney's U by
+    ranks; nan if a class is missing."""
     positive = labels > 0.5
     values, inverse, counts = scores.unique(return_inverse=True, return_counts=True)  # sorted
     ranks = (counts.cumsum(0) - (counts - 1) / 2)[inverse].double()  # ties share their mean rank
@@ -644,7 +646,8 @@ def auroc(scores: Tensor, labels: Tensor) -> float:
 
 
 def quality(scores: Tensor, labels: Tensor) -> dict[str, float]:
-    """scores, labels (M,): AUROC, accuracy at 0.5, Brier score, and expected calibration error over ten bins."""
+    """scores, labels (M,): AUROC, accuracy at 0.5, Brier score, and expected calibration error over ten bins (arXiv
+    1706.04599)."""
     hard = (labels > 0.5).float()
     bins = (scores * 10).long().clamp(0, 9)
     error = sum(
@@ -675,11 +678,12 @@ def evaluate_reward_model(
     mine = list(range(rank, len(rows), world))
     scores = score_tokens(model, batch, batch.plans([mine], token_budget)[0], device)
     flat = dict(gather([(i, [scores[i, t].item() for t, _ in marks[i]]) for i in mine]))
-    flat = torch.tensor([score for i in range(len(rows)) for score in flat[i]])
+    flat = torch.tensor([score for i in range(len(rows)) for score in flat[i]])  # (M,)
     result = quality(flat, torch.tensor([y for m in marks for _, y in m]))
     if kind == "prm" and all(is_toy(row["question"]) for row in rows):
-        exact = [x for row in rows for x in oracle(row["question"], row["response"])[: len(row["cuts"])]]
-        result["auroc_oracle"] = auroc(flat, torch.tensor(exact, dtype=torch.float))
+        exact = [x for row in rows for x in oracle_at(row["question"], row["response"], row["cuts"])]
+        if None not in exact:
+            result["auroc_oracle"] = auroc(flat, torch.tensor(exact, dtype=torch.float))
     return {k: v for k, v in result.items() if v == v}  # no AUROC (nan) where only one class occurs
 
 

@@ -44,6 +44,7 @@ penalty [0.4, 0.3, -0.2, 0.1]
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 PROCESS = ("prm", "clip", "delta", "clip-delta")
@@ -58,20 +59,20 @@ def clip(scores: Tensor, eta: float) -> Tensor:
 
 def but_last(scores: Tensor, mask: Tensor) -> Tensor:
     """The scores with 0 for the last step, K: that one is judged by the success reward."""
-    has_next = torch.cat([mask, torch.zeros_like(mask[:, :1])], 1)[:, 1:]
+    has_next = F.pad(mask, (0, 1))[:, 1:]  # (B, K)
     return scores * has_next
 
 
 def delta(scores: Tensor, mask: Tensor) -> Tensor:
     """PR-Delta: r_k = s_k - s_(k+1) for k < K-1, s_(K-1) for k = K-1, 0 for k = K: with 0 for the last, one difference."""
     s = but_last(scores, mask)
-    return s - torch.cat([s, torch.zeros_like(s[:, :1])], 1)[:, 1:]
+    return s - F.pad(s, (0, 1))[:, 1:]
 
 
 def progress(scores: Tensor, mask: Tensor) -> Tensor:
     """r_k = s_k - s_(k-1), where the potential is 0 before the first step and behind the last: G_k knows the past alone."""
     s = but_last(scores, mask)
-    return s - torch.cat([torch.zeros_like(s[:, :1]), s], 1)[:, :-1]
+    return s - F.pad(s, (1, 0))[:, :-1]
 
 
 def min_form(scores: Tensor, mask: Tensor, temperature: float = 0.1) -> Tensor:
@@ -114,14 +115,14 @@ def token_rewards(
     beta: float,
     alpha: float = 0.0,
     outcome: Tensor | None = None,
-    steps: Tensor | None = None,
+    refined: Tensor | None = None,
     step_ends: Tensor | None = None,
     step_mask: Tensor | None = None,
 ) -> Tensor:
     """The reward of each response token (B, T): the paper's objective, laid out in time.
 
     every response token        -beta * (logp - ref_logp)     logp, ref_logp, mask (B, T)
-    last token of step k        + alpha * r_k                 steps, step_ends, step_mask (B, K)
+    last token of step k        + alpha * r_k                 refined, step_ends, step_mask (B, K)
     last token of the response  + Correct + alpha * r_outcome correct, truncated, outcome (B,)
 
     A truncated response has not answered: neither Correct nor an outcome. Its complete steps keep their rewards."""
@@ -129,9 +130,9 @@ def token_rewards(
     final = correct.float()
     if outcome is not None:
         final = final + alpha * outcome.float()
-    last = (mask.sum(1) - 1)[:, None]
+    last = (mask.sum(1) - 1)[:, None]  # (B, 1)
     rewards.scatter_add_(1, last, (final * ~truncated)[:, None])
-    if steps is not None:
+    if refined is not None:
         ends = step_ends.masked_fill(~step_mask, 0)  # a place that exists, and gets 0
-        rewards.scatter_add_(1, ends, alpha * steps * step_mask)
+        rewards.scatter_add_(1, ends, alpha * refined * step_mask)
     return rewards

@@ -202,6 +202,16 @@ class Sampler:
         self.eos = self.ends[self.how]
         self.done.fill_(True)
 
+    def accept(self, rows: slice, logits: Tensor) -> None:
+        """Draw a token for each of the rows, and note which are done with it."""
+        t = self.count[rows, None]
+        temperature, top_p = self.how[:2]
+        token = draw(logits, self.noise[rows].gather(1, t).squeeze(1), temperature, top_p)
+        self.token[rows] = token
+        self.drawn[rows].scatter_(1, t, token[:, None])
+        self.count[rows] += ~self.done[rows]
+        self.done[rows] |= (token[:, None] == self.eos).any(1) | (self.count[rows] >= self.limit[rows])
+
     def fill(self, new: list[tuple[int, int]], prompts: list, limits: list, seeds: Tensor) -> None:
         """Prefill the prompts of new samples into the slots behind the live ones, and draw their first tokens."""
         start, device = len(self.live), self.device
@@ -232,6 +242,12 @@ class Sampler:
         self.longest = max(self.longest, packed.max_length)
         self.accept(new_slots, logits[rows.to(device)])
 
+    def decode(self, B: int, window: int) -> None:
+        """All of a step that runs on the device; reads and writes the state in place, and nothing back to the host."""
+        logits = forward(self.model, self.token[:B, None], Decode(self.cache, self.length[:B], window), 0)[:, 0]
+        self.length[:B] += ~self.done[:B]
+        self.accept(slice(0, B), logits)
+
     def step(self) -> None:
         """One token for every live slot."""
         B, window = len(self.live), self.cache.window(self.longest + 1)
@@ -247,22 +263,6 @@ class Sampler:
             captured = [graph for graph in self.graphs.values() if graph is not None]
             self.graphs[key] = self.capture(lambda: self.decode(B, window), captured)
         self.graphs[key].replay()
-
-    def decode(self, B: int, window: int) -> None:
-        """All of a step that runs on the device; reads and writes the state in place, and nothing back to the host."""
-        logits = forward(self.model, self.token[:B, None], Decode(self.cache, self.length[:B], window), 0)[:, 0]
-        self.length[:B] += ~self.done[:B]
-        self.accept(slice(0, B), logits)
-
-    def accept(self, rows: slice, logits: Tensor) -> None:
-        """Draw a token for each of the rows, and note which are done with it."""
-        t = self.count[rows, None]
-        temperature, top_p = self.how[:2]
-        token = draw(logits, self.noise[rows].gather(1, t).squeeze(1), temperature, top_p)
-        self.token[rows] = token
-        self.drawn[rows].scatter_(1, t, token[:, None])
-        self.count[rows] += ~self.done[rows]
-        self.done[rows] |= (token[:, None] == self.eos).any(1) | (self.count[rows] >= self.limit[rows])
 
     def finished(self) -> list[int]:
         """Live slots that are known to be done."""
@@ -304,12 +304,12 @@ class Sampler:
         return out
 
 
-def as_sampler(model) -> "Sampler":
+def as_sampler(model) -> Sampler:
     return model if isinstance(model, Sampler) else Sampler(model)
 
 
 def rollout(
-    model: "nn.Module | Sampler",
+    model: nn.Module | Sampler,
     prompts: list[list[int]],
     n: int = 1,
     *,
@@ -366,7 +366,7 @@ def rollout(
                 while todo and len(new) < free and tokens < PREFILL:
                     i, j = todo.pop()
                     new.append((i, j))
-                    tokens += len(prompts[i]) * (j == 0)  # its other samples share it
+                    tokens += len(prompts[i]) * (len(new) < 2 or new[-2][0] != i)  # a prompt's samples stand side by side
                 sampler.fill(new, prompts, limits, seeds)
             else:
                 sampler.step()

@@ -2,7 +2,7 @@
 
     python train.py --reward delta                                     # the embedded world on a laptop
     torchrun --nproc_per_node 8 train.py --reward delta                # the paper's setting on 8 GPUs
-    python train.py --reward clip-delta --model DIR --data FILE.jsonl  # your model, your problems
+    python train.py --reward clip-delta --model DIR --data FILE.jsonl --eval-data TEST.jsonl  # your own
 
 Before the loop comes what it needs, each stage cached in RUNS_DIR/cache: in the embedded world the warm start, which
 makes the policy and a stronger model of the same size, the *completer*; then step labels and the reward model that the
@@ -43,9 +43,9 @@ from transformers import HfArgumentParser
 import prm
 from data import (
     WORLDS, TextOptions, UserError, append, deal, draw, drop_known, encode_prompts, is_toy, load_mixture, mixture, option,
-    oracle, run_script, toy_problems, toy_solution, toy_tokenizer, whole_lines, write,
+    oracle_at, run_script, toy_problems, toy_solution, toy_tokenizer, whole_lines, write,
 )  # fmt: skip
-from eval import MADE_OF, answer, before_after, combinations, commit, evaluate, judge, summarise
+from eval import FREE, MADE_OF, answer, before_after, combinations, commit, evaluate, judge, summarise
 from grader import VERDICTS
 from model import (
     DTYPES, Muon, NonFinite, ScalarModel, all_reduce, barrier, checkpoint_layers, eos_ids, gather, load_causal_lm,
@@ -53,8 +53,8 @@ from model import (
     sync, toy_model, watching,
 )  # fmt: skip
 from ppo import (
-    EFFICIENCY, RESERVE, Policy, Rollout, ValueNorm, explained_variance, gae, hours, memory, minibatches, score_values,
-    total, update, whiten,
+    EFFICIENCY, RESERVE, Policy, Experience, ValueNorm, explained_variance, gae, hours, memory, minibatches, peak,
+    score_values, update, whiten,
 )  # fmt: skip
 from prm import FORMATS
 from rewards import REWARDS, refine, token_rewards
@@ -83,7 +83,8 @@ class Options(TextOptions):
     questions: int = option(64, "questions per iteration")
     samples: int = option(4, "answers per question")
     temperature: float = option(1.0, "of sampling, reference and training alike")
-    top_p: float = option(1.0, "sample from the most likely tokens that hold this mass; 1: off")
+    top_p: float = option(1.0, "of rollouts: sample from the most likely tokens that hold this mass; log-probabilities and "
+                          "evaluation are of all tokens; 1: off")  # fmt: skip
     slots: int = option(256, "answers that decode at once")
     # PPO
     iterations: int = option(100, "rollouts")
@@ -95,7 +96,7 @@ class Options(TextOptions):
     critic_warmup: int = option(0, "iterations that train the critic alone")
     gamma: float = option(1.0, "discount")
     lam: float = option(1.0, "GAE's lambda")
-    clip: float = option(0.2, "epsilon of the ratio clip")
+    clip: float = option(0.2, "PPO's epsilon: the ratio is clipped to 1 +- this (the threshold of --reward clip is --eta)")
     value_clip: float = option(0.2, "epsilon of the value clip, in normalised units; 0: off")
     max_grad_norm: float = option(1.0, "gradient clip")
     token_budget: int = option(16384, "packed tokens per micro-batch; changes memory and speed, never the gradient")
@@ -164,7 +165,7 @@ for family in ("Qwen2", "Qwen2-Math", "Qwen2.5-Math"):
             **(dict(checkpoint_activations=True, slots=96) if size == "7B" else {}),  # see --plan
         )  # fmt: skip
 DEFAULT = "qwen2-1.5b-instruct"  # with CUDA
-ALPHA = 0.5  # at which the embedded world's prm is hacked within 20 iterations, and clip, delta and clip-delta are not
+ALPHA = 0.5  # at which the embedded world's prm is hacked within 20 iterations, delta slowly, clip and clip-delta not
 
 
 def reward_model_kind(reward: str) -> str:
@@ -195,6 +196,8 @@ def check(o: Options) -> None:
         raise UserError("--flip-labels is a share of the labels: give 0 to 1")
     if not o.model and o.data not in WORLDS:
         raise UserError(f"--data {o.data} needs a --model: the embedded policy only knows its own world")
+    if not o.model and any(name in WORLDS and name != o.data for name in mixture(o.eval_data or o.data)):
+        raise UserError(f"--eval-data {o.eval_data}: the policy of --data {o.data} cannot read it; choose --preset {o.data}")
     if o.resume and not o.name:
         raise UserError("--resume needs the --name of the run to continue")
     if o.workers and not o.sweep:
@@ -252,15 +255,15 @@ def run_hours(config, o: Options, iteration: dict, reward_config, ranks: int, b:
     """Hours of a whole run by phase: what is made before it (labels with all completions, solutions of 8 steps), PPO, and
     the evaluations, each greedy and sampled. Downloads are not counted."""
     sampling = lambda config, answers, tokens: hours(
-        config, replace(o, questions=int(answers), samples=1, max_new_tokens=int(tokens)), ranks=ranks, prompt=150, b=b
+        config, replace(o, questions=int(answers), samples=1, max_new_tokens=int(tokens)), ranks=ranks, b=b
     )["sampling"]  # fmt: skip
     out, T = {}, o.max_new_tokens
     if reward_model_kind(o.reward) and not (o.prm or o.orm):
-        solutions = min(o.label_problems, 10**9) * o.label_samples
+        solutions = o.label_problems * o.label_samples
         out["labels"] = sampling(config, solutions, T)
         out["labels"] += sampling(reward_config, solutions * 8 * o.completions, T / 2)
         passes = replace(o, questions=solutions, samples=1, epochs=o.rm_epochs)
-        out["reward model"] = hours(reward_config, passes, ranks=ranks, prompt=150, b=b)["update"] / 2  # no critic
+        out["reward model"] = hours(reward_config, passes, ranks=ranks, b=b)["update"] / 2  # no critic
     out["PPO"] = o.iterations * sum(iteration.values())
     evaluations = 2 + (o.iterations - 1) // o.eval_every if o.eval_every else 2
     out["evaluation"] = evaluations * 2 * sampling(config, o.eval_problems * len(mixture(o.eval_data or o.data)), T)
@@ -276,7 +279,7 @@ def plan(o: Options, gpus: int, gpu_memory: float, node: int, longest: int) -> t
     parts = lambda **new: memory(
         config, replace(o, **new), shards=min(gpus, node), longest=longest, sharded=sharded, **shape
     )  # fmt: skip
-    fits = lambda **new: total(parts(**new)) <= gpu_memory * 1e9 - RESERVE
+    fits = lambda **new: peak(parts(**new)) <= gpu_memory * 1e9 - RESERVE
 
     def largest(name: str, most: int, **new) -> int:
         """By bisection, the largest value of an option with which it fits; 0 if none does."""
@@ -287,8 +290,8 @@ def plan(o: Options, gpus: int, gpu_memory: float, node: int, longest: int) -> t
         return low
 
     slots, budget = largest("slots", 4096), largest("token_budget", 1 << 20)
-    time, tokens = hours(config, o, prompt=150, **shape), o.questions * o.samples * o.max_new_tokens / 2
-    rows = {**parts(), "total: what lasts, and the largest phase": total(parts())}
+    time, tokens = hours(config, o, **shape), o.questions * o.samples * o.max_new_tokens / 2
+    rows = {**parts(), "total: what lasts, and the largest phase": peak(parts())}
     lines = [
         f"GB of each GPU, of {gpus}, for prompts of {longest - o.max_new_tokens} and answers of {o.max_new_tokens} tokens",
         *(f"  {name:42}{x / 1e9:8.1f}" for name, x in rows.items() if x),
@@ -358,9 +361,9 @@ def warm_start(name: str, seed: int, folder: Path, rank: int, world: int, device
             snapshot = copy.deepcopy(model) if accuracy > 0.5 else None
         bar.set_postfix(loss=f"{all_reduce(loss).item():.3f}", accuracy=f"{accuracy:.2f}")
     if rank == 0:
-        for m, name in ((snapshot or model, "policy"), (model, "completer")):
-            m.save_pretrained(folder / name)
-            tokenizer.save_pretrained(folder / name)
+        for m, part in ((snapshot or model, "policy"), (model, "completer")):
+            m.save_pretrained(folder / part)
+            tokenizer.save_pretrained(folder / part)
 
 
 def prepare(o: Options, found: list, parts: list, rank: int, world: int, device) -> tuple[str, str]:
@@ -511,7 +514,7 @@ class Trainer:
         clock("refine")
         rewards = token_rewards(
             logp, ref_logp, batch.mask, correct, batch.truncated, beta=o.beta, alpha=o.alpha, outcome=outcome,
-            steps=refined, step_ends=ends, step_mask=mask,
+            refined=refined, step_ends=ends, step_mask=mask,
         )  # fmt: skip
 
         # 5. advantages; a truncated answer would have gone on, so it bootstraps
@@ -519,7 +522,7 @@ class Trainer:
         bootstrap = self.value_norm.denormalise(raw_final) * batch.truncated
         advantages, returns = gae(rewards, values, batch.mask, bootstrap, o.gamma, o.lam)
         self.value_norm.update(returns, batch.mask)
-        data = Rollout(logp, whiten(advantages, batch.mask), raw_values, self.value_norm.normalise(returns))
+        data = Experience(logp, whiten(advantages, batch.mask), raw_values, self.value_norm.normalise(returns))
         self.seen = {"answers": answers, "rewards": rewards, "ref_logp": ref_logp, "scores": scores, **vars(data)}
 
         # 6. update policy and critic
@@ -599,10 +602,10 @@ class Trainer:
         if self.reward_model is not None:
             jobs.append(lambda: self.learned(*read))
         logp, ref_logp, (values, final), *learned = side_by_side(*jobs)
-        learned = learned[0] if learned else None
-        if learned is not None and (bad := int(all_reduce((~learned.isfinite()).sum()))):
-            raise BrokenReward(f"the reward model gives {bad} scores that are not finite: train it anew, or give another")
-        scores, outcome = (None, learned) if o.reward == "orm" else (learned, None)
+        scores, outcome = learned[0] if learned else (None, None)
+        for x in (scores, outcome):
+            if x is not None and (bad := int(all_reduce((~x.isfinite()).sum()))):
+                raise BrokenReward(f"the reward model gives {bad} scores that are not finite: train it anew, or give another")
         return logp, ref_logp, values, final, scores, outcome
 
     def reread(self, answers: list[dict]) -> tuple[Batch, Tensor, list]:
@@ -616,11 +619,11 @@ class Trainer:
             raise BrokenReward(problems[0])
         return batch, prm.pad_steps(ends)[0], batch.plans([list(range(len(answers)))], self.o.token_budget)[0]
 
-    def learned(self, batch: Batch, ends, plan: list) -> Tensor:
-        """Step scores (B, K), of an ORM outcome scores (B,)."""
+    def learned(self, batch: Batch, ends, plan: list) -> tuple[Tensor | None, Tensor | None]:
+        """Step scores (B, K), or of an ORM outcome scores (B,); None for the other."""
         if self.o.reward == "orm":
-            return prm.score_outcomes(self.reward_model, batch, plan, self.device)
-        return prm.score_steps(self.reward_model, batch, ends, plan, self.device)
+            return None, prm.score_outcomes(self.reward_model, batch, plan, self.device)
+        return prm.score_steps(self.reward_model, batch, ends, plan, self.device), None
 
     def watch(self, iteration: int) -> dict:
         """An answer to the first evaluation question, with the same random numbers in every iteration: `eval.py show` shows
@@ -631,8 +634,7 @@ class Trainer:
             temperature=o.temperature, slots=o.slots, seed=o.seed,
         )  # fmt: skip
         if self.reward_model is not None:
-            learned = self.learned(*self.reread(rows))
-            scores, outcome = (None, learned) if o.reward == "orm" else (learned, None)
+            scores, outcome = self.learned(*self.reread(rows))
         if scores is not None:
             refined = refine(o.reward, scores, torch.ones_like(scores, dtype=torch.bool), o.eta)
         return noted(rows, iteration, scores, refined, outcome)[0] | {"watched": True}
@@ -649,7 +651,7 @@ class Trainer:
             "nonzero": ((refined != 0) & mask).sum(1) if refined is not None else zero,
         }
         if self.toy:
-            count["good_steps"] = torch.tensor([sum(oracle(a["question"], a["response"])[: a["steps"]]) for a in answers])
+            count["good_steps"] = torch.tensor([sum(filter(None, oracle_at(a["question"], a["response"], a["cuts"]))) for a in answers])
         return count
 
     def evaluate(self) -> tuple[dict, list[dict]]:
@@ -680,12 +682,6 @@ class Trainer:
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
-
-
-FREE = (  # options that do not change what is computed
-    "name", "resume", "resume_from", "iterations", "save_every", "keep", "runs_dir", "slots", "threads", "token_budget",
-    "checkpoint_activations", "offload_frozen", "log_to", "sweep", "workers", *MADE_OF,
-)  # fmt: skip
 
 
 def fixed(options: dict) -> dict:
@@ -873,31 +869,7 @@ def load_data(o: Options) -> tuple[list, list, list, list]:
     return problems, prompts, test, parts
 
 
-def open_log(o: Options, folder: Path, start: int):
-    """log(metrics) to the service of --log-to, under the run's name; nothing without."""
-    numbers = lambda log: {k: v for k, v in log.items() if isinstance(v, int | float) and k != "iteration"}
-    if o.log_to == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
-
-        def log(metrics: dict) -> None:
-            for name, value in numbers(metrics).items():
-                writer.add_scalar(name, value, metrics["iteration"])
-            writer.flush()
-
-        return log
-    if o.log_to == "wandb":
-        import wandb
-
-        name = f"{folder.name}-{zlib.crc32(str(folder.resolve()).encode()):08x}"
-        where = dict(project="reward-design", name=folder.name, id=name, resume="allow", dir=str(folder))
-        run = wandb.init(config=asdict(o), **where)
-        return lambda metrics: run.log(numbers(metrics), step=metrics["iteration"])
-    return lambda metrics: None
-
-
-def loop(o: Options, folder: Path, trainer: Trainer, sources: dict, interrupt: Interrupt) -> None:
+def loop(o: Options, folder: Path, trainer: Trainer, sources: dict, config: dict, interrupt: Interrupt) -> None:
     rank, metrics, samples, exported = trainer.rank, folder / "metrics.jsonl", folder / "samples.jsonl", folder / "model"
     start = load_checkpoint(folder, trainer, sources) if o.resume else 0
     if start >= o.iterations and exported.exists():  # no mistake: a script that resumes until it is done may ask once more
@@ -906,9 +878,9 @@ def loop(o: Options, folder: Path, trainer: Trainer, sources: dict, interrupt: I
         return
     before, first = after, last = json.loads((folder / "before.json").read_text()) if start else trainer.evaluate()
     if rank == 0:
-        write(folder / "config.json", json.dumps(asdict(o) | trainer.made_of, indent=1))
+        write(folder / "config.json", json.dumps(config, indent=1))
         write(folder / "before.json", json.dumps([before, first]))
-        keep_until(metrics, start if start else -1)
+        keep_until(metrics, start or -1)  # -1: the line of iteration 0 is written anew
         keep_until(samples, start)
         if not start:
             append(metrics, [{"iteration": 0, **before}])
@@ -959,32 +931,56 @@ def loop(o: Options, folder: Path, trainer: Trainer, sources: dict, interrupt: I
 
 
 def run(o: Options, folder: Path, rank: int, world: int, device) -> None:
-    data = load_data(o)
+    problems, prompts, _, parts = data = load_data(o)
     if o.prm or o.orm:
         found = prm.find_format(o.prm or o.orm, o.prm_format)  # now, not after the preparation
         if o.orm and found != "own":
             raise UserError(f"--orm {o.orm}: a published PRM; give it as --prm, with a reward that reads one")
     if device.type == "cuda" and o.model:
         per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        longest = max(map(len, data[1])) + o.max_new_tokens
+        longest = max(map(len, prompts)) + o.max_new_tokens
         table, mend = plan(o, world, torch.cuda.get_device_properties(device).total_memory / 1e9, per_node, longest)
         if rank == 0 and not mend:
             print(table, flush=True)
         if mend:
             raise UserError(f"{table}\n{mend}")
-    policy, reward_model = prepare(o, data[0], data[3], rank, world, device)
+    policy, reward_model = prepare(o, problems, parts, rank, world, device)
     gc.collect()  # the models that it needed: they refer to themselves
     if device.type == "cuda":
         torch.cuda.empty_cache()
     trainer = Trainer(o, data, policy, reward_model, rank, world, device)
-    made_of = {"policy": policy, "reward model": reward_model}
-    sources = on_rank_0(lambda: {what: prm.identity(path) if path else "" for what, path in made_of.items()})
-    trainer.made_of = dict(zip(MADE_OF, (policy, reward_model, on_rank_0(commit))))
-    sources["problems"] = prm.fingerprint(data[0])
+    identity = lambda path: prm.identity(path) if path else ""
+    sources = on_rank_0(lambda: {"policy": identity(policy), "reward model": identity(reward_model)})
+    sources["problems"] = prm.fingerprint(problems)
+    config = asdict(o) | dict(zip(MADE_OF, (policy, reward_model, on_rank_0(commit))))
     with on_rank_0(lambda: lock(folder / "lock"), share=False) or nullcontext(), Interrupt() as interrupt:
-        loop(o, folder, trainer, sources, interrupt)
+        loop(o, folder, trainer, sources, config, interrupt)
     if interrupt.number and world == 1:  # what a shell expects; torchrun would take it for a failure, and start again
         os.kill(os.getpid(), interrupt.number)
+
+
+def open_log(o: Options, folder: Path, start: int):
+    """log(metrics) to the service of --log-to, under the run's name; nothing without."""
+    numbers = lambda log: {k: v for k, v in log.items() if isinstance(v, int | float) and k != "iteration"}
+    if o.log_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+
+        def log(metrics: dict) -> None:
+            for name, value in numbers(metrics).items():
+                writer.add_scalar(name, value, metrics["iteration"])
+            writer.flush()
+
+        return log
+    if o.log_to == "wandb":
+        import wandb
+
+        name = f"{folder.name}-{zlib.crc32(str(folder.resolve()).encode()):08x}"
+        where = dict(project="reward-design", name=folder.name, id=name, resume="allow", dir=str(folder))
+        run = wandb.init(config=asdict(o), **where)
+        return lambda metrics: run.log(numbers(metrics), step=metrics["iteration"])
+    return lambda metrics: None
 
 
 # ------------------------------------------------------------------------------------------------ many runs

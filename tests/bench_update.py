@@ -47,7 +47,7 @@ import model as attention
 from bench_rollout import CUDA, DEVICE, DTYPE, MODELS, SHAPE, clock, machine
 from data import UserError, run_script
 from model import Decode, KVCache, Packed, ScalarModel, checkpoint_layers, fuse, replica, shard, sync, whole
-from ppo import Policy, Rollout, policy_loss, update, value_loss
+from ppo import Policy, Experience, policy_loss, update, value_loss
 from rollout import Batch
 
 ANSWERS, PROMPT = {"tiny": 64, "middling": 8, "qwen2.5-1.5b": 128}, 16  # answers by model; tokens of a prompt
@@ -83,7 +83,7 @@ def make_batch(vocab, lengths):
     ids = lambda n: [rng.randrange(vocab) for _ in range(n)]
     batch = Batch([ids(PROMPT) for _ in lengths], [ids(n) for n in lengths], torch.zeros(len(lengths), dtype=torch.bool))
     noise = lambda scale: scale * torch.randn(batch.mask.shape, generator=generator)
-    return batch, Rollout(noise(0.3) - math.log(vocab), noise(1), noise(0.3), noise(1))  # random weights say -log(vocab)
+    return batch, Experience(noise(0.3) - math.log(vocab), noise(1), noise(0.3), noise(1))  # random weights say -log(vocab)
 
 
 def stock(model):

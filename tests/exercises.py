@@ -76,7 +76,7 @@ EXERCISES = {
         test_a_batch_in_which_no_row_has_a_step_earns_nothing test_bounds_and_telescoping_hold_for_random_scores
         test_what_repeating_a_step_pays test_bf16_scores_are_refined_in_float32
         test_a_name_that_is_no_process_reward_is_refused""",
-        """Turn scores into refined rewards by name, of the paper's and of the four others. Padding is junk, even NaN, and
+        """Turn scores into refined rewards by name: the paper's four, and the four others. Padding is junk, even NaN, and
         must come out as 0; bfloat16 scores are refined in float32; an unknown name is refused with a sentence.""",
         """NaN * 0 is NaN: padding must be filled before any arithmetic, not multiplied away after it. Then clip makes -eta
         of a padded 0; but_last hides that in clip-delta, so only clip's test sees it. bfloat16 steps by 0.004 near 1: the
@@ -106,11 +106,11 @@ EXERCISES = {
         """test_ppo: test_whitened_advantages_have_mean_0_and_std_1_over_the_mask_only test_explained_variance_by_hand
         test_two_processes_with_half_of_the_answers_each_end_where_one_with_all_does""",
         """Zero mean and unit variance over the response tokens of all ranks, with `all_reduce` of model.py, which sums over
-        the processes. Each rank may have another number of tokens, even none. Equal advantages become 0.""",
+        the processes. Each rank may have another number of tokens. Equal advantages become 0.""",
         """The mean of the ranks' means: ranks have unequal numbers of tokens, so sums and counts are reduced, and divided
         after that; one process cannot tell. Statistics over padding: it holds junk (1000 in the test). The variance is about
         the common mean, which must be known first. No mask at the end, and padding gets -mean / std. Division by 0 where all
-        are equal, and by an empty rank's count."""),
+        are equal."""),
     7: Exercise(2, "Value normalisation", "ppo.py",
         "ValueNorm.update ValueNorm.mean_std ValueNorm.normalise ValueNorm.denormalise", 30, "6; Adam's debiasing",
         "test_ppo: test_value_norm_by_hand test_value_norm_remembers_with_its_decay_and_survives_constant_returns",
@@ -121,8 +121,8 @@ EXERCISES = {
         why train.py denormalises values before `update` and normalises returns after it."""),
     8: Exercise(2, "The two losses", "ppo.py", "policy_loss value_loss", 25, "5; the PPO paper, eq. 7",
         "test_ppo: test_policy_loss_by_hand test_value_loss_by_hand",
-        """Write PPO's clipped objective, negated, and the clipped value error, for each token; means are taken elsewhere.
-        The tests look at gradients as well: where must they be 0, and where not?""",
+        """Write PPO's clipped objective, negated, and half the clipped squared value error, for each token; means are
+        taken elsewhere. The tests look at gradients as well: where must they be 0, and where not?""",
         """clamp(ratio) * A alone has no gradient at ratio 1.5 with A < 0 (raised though bad), where it is needed most: the
         minimum of both keeps it. Negated inside, the minimum must be a maximum. The value loss takes the *larger* error and
         clips around the old value, not around the return; clip = 0 means no clipping, not a width of 0."""),
@@ -130,7 +130,8 @@ EXERCISES = {
         """test_ppo: test_minibatches_deal_every_row_once_and_the_same_for_any_number_of_ranks
         test_minibatches_are_shuffled_by_the_seed""",
         """Deal this rank's rows into `count` minibatches, so that their union over all ranks does not depend on how many
-        ranks there are. A rank knows the global indices of its rows (keys), their total, and a seed.""",
+        ranks there are, and differs in size by one row at most. A rank knows the global indices of its rows (keys), their
+        total, and a seed.""",
         """Each rank shuffles its own rows: every rank looks right, and the union is another one for each world. The
         permutation is of the global indices, and a rank looks up its own. Chunks of total // count lose the rest of 13 in 4.
         (To use the permutation instead of its inverse is as good: a random order is random both ways.)"""),
@@ -198,8 +199,8 @@ EXERCISES = {
         "test_exercises: test_delta_holds_at_one_alpha_and_breaks_at_twice_that_at_most",
         """Find two alphas, the larger at most twice the smaller. With the smaller, Delta ends with a greedy accuracy no
         lower than it began with, in every run; with the larger, it loses more than 10 points in every run. Take at least two
-        seeds, 20 iterations or more, and all else equal: python train.py --sweep reward=delta alpha=0.5,1,2 seed=0,1 in the
-        copy; python eval.py --runs runs/delta-* shows them. Let where_delta_breaks return the two alphas; the runs are
+        seeds, 20 iterations or more, and all else equal: python train.py --sweep reward=delta alpha=0.3,1 seed=0,1 in the
+        copy is a beginning; python eval.py --runs runs/delta-*/ shows them. Let where_delta_breaks return the two alphas; the runs are
         checked.""",
         """They name an alpha from one seed, or from success of the rollout in the last iteration. They vary alpha and
         iterations together: a hack needs time, and the bracket moves with it. "Delta is bounded, so it cannot be hacked": by
@@ -234,7 +235,7 @@ def exploit(scores: list[float]) -> list[float]:
         repeats an earlier one scores below 0.5, while steps that say something new keep their scores. A row has question,
         response, cuts, labels (see `read_labels`); the check trains a small PRM on what you return, and asks it about
         questions that are held out. Then train on your labels by prm.py train, and see how long train.py --reward prm --prm
-        stands.""",
+        DIR withstands the hack.""",
         """They relabel the repetitions that are there: about one line in ten, too few to learn from; some must be put in,
         and cuts made anew. They label all that follows a repetition 0, and the PRM forgets what a right step is: look at the
         fresh ones as well. Repetitions always at the same place, or of the first line, teach the place. And the end of it:
@@ -266,6 +267,7 @@ def stripped(source: str, number: int) -> str:
         if isinstance(node, ast.Assign):  # of a table the numbers behind its keys
             start, text = node.lineno - 1, "".join(lines[node.lineno - 1 : node.end_lineno])
             text = re.sub(r'(?<=": \()[^)]*', lambda row: re.sub(r"-?\d[.\d]*", "None", row[0]), text)
+            text = re.sub(r"(?<=\),)  #.*", "", text)  # nor the comments, which say how
         else:
             first = node.body[0]
             start = first.end_lineno if ast.get_docstring(node) else first.lineno - 1
@@ -276,10 +278,10 @@ def stripped(source: str, number: int) -> str:
 
 def start(number: int, folder: Path) -> None:
     exercise = EXERCISES[number]
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is there, and not empty: give another folder")
     if (HERE / "EXERCISE").exists():
         raise UserError(f"{HERE} is a working copy itself: start from the original checkout")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there, and not empty: give another folder")
     git = ["git", "-C", str(HERE), "ls-files"]
     files = subprocess.run(git, capture_output=True, text=True).stdout.splitlines() if shutil.which("git") else []
     patterns = ("*.py", "tests/*.py", "assets/*", "README.md", "LICENSE", "requirements.txt")
@@ -318,11 +320,14 @@ def main() -> None:
     o = parser.parse_args()
     if o.command in ("start", "check") and not o.number:
         raise UserError(f"{o.command} which one? Give its number, 1 to {len(EXERCISES)}")
-    own = HERE.parent / f"exercise-{o.number}"
+    own = HERE if (HERE / "EXERCISE").exists() else HERE.parent / f"exercise-{o.number}"
+    folder = (o.folder or own).resolve()
     if o.command == "start":
-        start(o.number, (o.folder or own).resolve())
+        start(o.number, folder)
     elif o.command == "check":
-        sys.exit(not check(o.number, (o.folder or (own if own.is_dir() else HERE)).resolve()))
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; python tests/exercises.py start {o.number} makes it")
+        sys.exit(not check(o.number, folder))
     for number in [o.number] if o.number else EXERCISES:
         x = EXERCISES[number]
         if o.command == "list":

@@ -320,7 +320,7 @@ def kill_at_random(argv: list[str], kills: int, seed: int = 0) -> tuple[int, int
             assert not broken  # nothing unfinished bears the name of a checkpoint
         assert_bit_equal(folder_of(argv, name), folder_of(argv, "whole"))
         samples = (folder_of(argv, name) / "samples.jsonl").read_text().splitlines()
-        assert [json.loads(x)["iteration"] for x in samples] == sorted([1, 2, 3] * 5)  # of each iteration four, and the watched one
+        assert [json.loads(x)["iteration"] for x in samples] == sorted([1, 2, 3] * 5)  # four, and the watched one
         completed += 1
     return hits, completed
 
@@ -621,7 +621,7 @@ def test_a_reward_model_that_returns_nan_stops_the_run_in_the_state_before(argv,
 
     def broken(model, batch, ends, plan, device):
         calls.append(1)
-        return score(model, batch, ends, plan, device) * (float("nan") if len(calls) == 6 else 1)  # two an iteration, one of them for the watched answer
+        return score(model, batch, ends, plan, device) * (float("nan") if len(calls) == 6 else 1)  # watched, all, ...
 
     calls = []
     monkeypatch.setattr(prm, "score_steps", broken)

@@ -229,7 +229,7 @@ def known_scores():
 
 
 def test_processbench_counts_exact_first_errors_and_clean_passes(tmp_path, monkeypatch, capsys, known_scores):
-    monkeypatch.setattr(evaluation, "Judge", known_scores)
+    monkeypatch.setattr(evaluation, "Scorer", known_scores)
     row = lambda steps, label: {"problem": "q", "steps": steps, "label": label, "final_answer_correct": label < 0}
     rows = [row(["a 9", "b 1"], 1), row(["a 1", "b 1"], 1), row(["a 9"], -1), row(["a 9", "b 8"], -1), row(["a 2"], -1)]
     file, other = tmp_path / "gsm8k.json", tmp_path / "math.jsonl"
@@ -246,7 +246,7 @@ def test_processbench_counts_exact_first_errors_and_clean_passes(tmp_path, monke
 def test_pairs_count_a_tie_as_wrong_by_subset(tmp_path, monkeypatch, capsys, known_scores):
     from pyarrow import Table, parquet
 
-    monkeypatch.setattr(evaluation, "Judge", known_scores)
+    monkeypatch.setattr(evaluation, "Scorer", known_scores)
     pair = lambda chosen, rejected, subset: {"prompt": "q", "chosen": chosen, "rejected": rejected, "subset": subset}
     rows = [pair("9\n8", "8\n7", "math-prm"), pair("1\n8", "8\n7", "math-prm"), pair("5", "5", "other")]
     file = tmp_path / "pairs.parquet"
@@ -328,17 +328,17 @@ def test_scores_that_are_not_finite_stop_the_evaluation(folder, tmp_path):
     row = {"question": "41b+5=", "response": "b41+5=46\n####46", "cuts": [9, 15], "truncated": False}
     for kind in ("prm", "orm"):
         options = evaluation.Options(prm=str(folder / "rm"), orm=str(folder / "rm"), prompt="{question}")
-        judge = evaluation.Judge(options, kind, "cpu")
+        judge = evaluation.Scorer(options, kind, "cpu")
         scores = judge.scores([row, {**row, "response": "", "cuts": [], "truncated": True}])
         assert [len(s) for s in scores] == ([2, 0] if kind == "prm" else [1, 1])
         setattr(options, kind, str(tmp_path / "nan"))
         with pytest.raises(UserError, match="scores that are not finite"):
-            evaluation.Judge(options, kind, "cpu").scores([row])
+            evaluation.Scorer(options, kind, "cpu").scores([row])
 
 
 @pytest.mark.parametrize("kind", ["pairs", "processbench"])
 def test_rows_of_another_form_get_one_sentence(kind, tmp_path, monkeypatch, capsys, known_scores):
-    monkeypatch.setattr(evaluation, "Judge", known_scores)
+    monkeypatch.setattr(evaluation, "Scorer", known_scores)
     good = {"prompt": "q", "chosen": "1", "rejected": "0", "problem": "q", "steps": ["1"], "label": 0}
     for bad in ({"chosen": None, "steps": "abc"}, {"chosen": [{"role": "user"}], "label": 1}, {"prompt": 3, "steps": []}):
         (tmp_path / "x.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(good | bad))

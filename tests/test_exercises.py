@@ -5,20 +5,19 @@ import functools
 import importlib
 import json
 import random
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 import torch
-from exercises import EXERCISES, HERE, find, stripped
+from exercises import EXERCISES, HERE, find, main, stripped
 from test_prm import TOKENIZER, labelled
 
 import eval as evaluation
 import prm
 import rewards
-from data import split_steps, toy_lines
+from data import run_script, split_steps, toy_lines
 from model import ScalarModel, toy_model
 from rewards import BASELINES, PROCESS, refine
 from train import fixed
@@ -92,13 +91,16 @@ def test_only_what_is_named_is_taken_out(number):
     assert all(int(n) < number for n in EXERCISES[number].needs.replace(";", ",").split(",") if n.strip().isdigit())
 
 
-def test_a_working_copy_fails_until_the_real_code_is_back(tmp_path):
+def test_a_working_copy_fails_until_the_real_code_is_back(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "copy"
 
     def call(*argv) -> tuple[int, str]:
-        command = [sys.executable, str(HERE / "tests/exercises.py"), *map(str, argv)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        return done.returncode, done.stdout + done.stderr
+        monkeypatch.setattr(sys, "argv", ["exercises.py", *map(str, argv)])
+        try:
+            code = run_script(main) or 0
+        except SystemExit as end:
+            code = int(end.code)
+        return code, "".join(capsys.readouterr())
 
     assert "refine in rewards.py" in call("start", 3, folder)[1]
     assert call("start", 3, folder)[0] == 2  # it is not empty now
@@ -128,7 +130,8 @@ def objections_to_alphas(runs: Path, low: float, high: float) -> list[str]:
         options = json.loads((path / "config.json").read_text())
         if options["reward"] == "delta" and options["alpha"] in gains:
             rows = [row for row in evaluation.read_run(str(path)) if "greedy_accuracy" in row]
-            gains[options["alpha"]][options["seed"]] = rows[-1]["greedy_accuracy"] - rows[0]["greedy_accuracy"]
+            seeds = options["seed"], options.get("prepare_seed")
+            gains[options["alpha"]][seeds] = rows[-1]["greedy_accuracy"] - rows[0]["greedy_accuracy"]
             same = {k: v for k, v in fixed(options).items() if k not in ("alpha", "seed", "prepare_seed")}
             others.add((rows[-1]["iteration"], json.dumps(same, sort_keys=True)))
     found = {

@@ -198,7 +198,7 @@ def measure(folder: str, *more: str) -> dict:
     chunk = ppo.TokenLogProbs.CHUNK
     parts = ppo.memory(config, o, shards=1, ranks=1, longest=longest, b=4, cuda=False, sharded=False, chunk=chunk)
     only = lambda phase: {k: v for k, v in parts.items() if not k.startswith(ppo.PHASES) or k.startswith(phase)}
-    return {phase: (peak, ppo.total(only(phase))) for phase, peak in measured.items()}
+    return {phase: (peak, ppo.peak(only(phase))) for phase, peak in measured.items()}
 
 
 if __name__ == "__main__":

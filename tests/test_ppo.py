@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from data import toy_problems, toy_solution, toy_tokenizer
 from model import ScalarModel, toy_model
 from ppo import (
-    Policy, Rollout, TokenLogProbs, ValueNorm, explained_variance, gae, minibatches, policy_loss, score_values, update,
+    Policy, Experience, TokenLogProbs, ValueNorm, explained_variance, gae, minibatches, policy_loss, score_values, update,
     value_loss, whiten,
 )  # fmt: skip
 from rollout import Batch
@@ -54,7 +54,7 @@ def noisy_rollout(policy, batch, plan):
     """Random advantages and targets, and old log-probabilities off by enough for some tokens to be clipped."""
     rng = torch.Generator().manual_seed(0)
     noise = lambda scale: scale * torch.randn(batch.mask.shape, generator=rng)
-    return Rollout(old_log_probs(policy, batch, plan) + noise(0.2), noise(1), noise(1), noise(1))
+    return Experience(old_log_probs(policy, batch, plan) + noise(0.2), noise(1), noise(1), noise(1))
 
 
 def old_log_probs(policy, batch, plan, temperature=TEMPERATURE):
@@ -418,7 +418,7 @@ def iterate(mine):
     data = noisy_rollout(policy, full, [list(range(8))])
     batch = Batch([full.prompts[i] for i in mine], [full.responses[i] for i in mine], full.truncated[mine])
     cut = lambda x: x[mine, : batch.mask.shape[1]]
-    part = Rollout(cut(data.logp), whiten(cut(data.advantages) + 1, batch.mask), cut(data.values), cut(data.returns))
+    part = Experience(cut(data.logp), whiten(cut(data.advantages) + 1, batch.mask), cut(data.values), cut(data.returns))
     norm = ValueNorm()
     norm.update(part.returns, batch.mask)
     plans = [batch.plan(rows, 150) for rows in minibatches(mine, 8, COUNT, SEED)]

@@ -241,7 +241,7 @@ def example():
         correct=torch.tensor([True, True, False]),
         truncated=torch.tensor([False, True, False]),
         outcome=torch.tensor([0.8, 0.9, 0.4]),
-        steps=torch.tensor([[0.6, -0.4], [0.2, 7], [7, 7]]),
+        refined=torch.tensor([[0.6, -0.4], [0.2, 7], [7, 7]]),
         step_ends=torch.tensor([[1, 3], [0, 99], [-1, -1]]),
         step_mask=torch.tensor([[1, 1], [1, 0], [0, 0]]).bool(),
     )
@@ -259,7 +259,7 @@ def test_each_reward_lies_on_its_token():
 
 
 def test_without_learned_rewards_there_are_correct_and_kl():
-    case = {name: x for name, x in example().items() if name not in ("outcome", "steps", "step_ends", "step_mask")}
+    case = {name: x for name, x in example().items() if name not in ("outcome", "refined", "step_ends", "step_mask")}
     r = token_rewards(**case, beta=0.1)
     expected = torch.tensor([[-0.01, 0.02, -0.03, 1], [-0.1, 0, 0.1, 0], [-0.05, 0, 0, 0]])
     torch.testing.assert_close(r, expected, atol=1e-6, rtol=0)
@@ -274,7 +274,7 @@ def test_alpha_scales_only_the_learned_part():
 
 def test_a_batch_without_any_step_gets_no_step_reward():
     case = example()
-    none = {"steps": torch.zeros(3, 0), "step_ends": torch.zeros(3, 0).long(), "step_mask": torch.zeros(3, 0).bool()}
+    none = {"refined": torch.zeros(3, 0), "step_ends": torch.zeros(3, 0).long(), "step_mask": torch.zeros(3, 0).bool()}
     absent = dict.fromkeys(none)
     r, without = (token_rewards(**case | steps, beta=0.1, alpha=1) for steps in (none, absent))
     assert torch.equal(r, without) and not torch.equal(r, token_rewards(**case, beta=0.1, alpha=1))
@@ -287,7 +287,7 @@ def test_the_return_at_a_steps_first_token_is_the_steps_return_to_go(name):
     nothing, T = torch.zeros(1, 8), torch.ones(1, 8).bool()  # four steps of two tokens
     laid = token_rewards(
         nothing, nothing, T, torch.tensor([True]), torch.tensor([False]), beta=0.1, alpha=1,
-        steps=r, step_ends=torch.tensor([[1, 3, 5, 7]]), step_mask=torch.ones(1, 4).bool(),
+        refined=r, step_ends=torch.tensor([[1, 3, 5, 7]]), step_mask=torch.ones(1, 4).bool(),
     )  # fmt: skip
     G = returns_to_go(laid[0].tolist())[::2]
     assert G == pytest.approx([1 + g for g in returns_to_go(r[0].tolist())], abs=1e-6)

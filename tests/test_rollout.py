@@ -365,3 +365,17 @@ def test_a_plan_covers_each_row_once_within_the_budget_and_map_puts_each_token_i
 def test_the_mask_is_the_length_of_the_responses():
     mask = a_batch().mask
     assert mask.sum(1).tolist() == [1, 4, 2, 1, 3] and mask[2].tolist() == [True, True, False, False]
+
+
+def test_a_prefill_stays_within_its_tokens_when_samples_are_drawn_one_after_another(monkeypatch):
+    (_, model), filled, fill = tiny("qwen2"), [], Sampler.fill
+
+    def counted(self, new, prompts, *more):
+        filled.append(sum(len(prompts[i]) for i in {i for i, _ in new}))
+        return fill(self, new, prompts, *more)
+
+    monkeypatch.setattr(Sampler, "fill", counted)
+    monkeypatch.setattr(sampler_module, "PREFILL", 30)
+    prompts = [[3 + i, 5, 4, 7, 6] for i in range(16)]
+    rollout(model, prompts, 4, max_new_tokens=2, eos_ids=NEVER, decided=lambda *_: False)
+    assert max(filled) <= 30 and sum(filled) >= 3 * 16 * 5  # drawn 1, 1 and 2 at a time

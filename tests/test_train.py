@@ -97,6 +97,7 @@ def test_alpha_has_one_default_for_every_learned_reward_and_is_overridden_by_han
         ("--reward success --alpha 1", "drop it"),
         ("--reward delta --eta 0.3", "delta has none"),
         ("--data gsm8k", "needs a --model"),
+        ("--data sums", "choose --preset sums"),
         ("--resume", "--name"),
         ("--workers 2", "how many runs of a --sweep"),
         ("--sweep reward=prm --workers -1", "--workers must be at least 0"),
