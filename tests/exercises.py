@@ -196,12 +196,12 @@ EXERCISES = {
         says so by itself. None wins a vote among truncated answers, and a group without any vote is wrong, no error. A tie
         is broken by the order of a set. They vote among all n and call it majority of k."""),
     16: Exercise(4, "The alpha at which Delta breaks", "eval.py", "where_delta_breaks", 40, "2; and an hour of two cores",
-        "test_exercises: test_delta_holds_at_one_alpha_and_breaks_at_twice_that_at_most",
-        """Find two alphas, the larger at most twice the smaller. With the smaller, Delta ends with a greedy accuracy no
+        "test_exercises: test_delta_holds_at_one_alpha_and_breaks_at_four_times_that_at_most",
+        """Find two alphas, the larger at most four times the smaller. With the smaller, Delta ends with a greedy accuracy no
         lower than it began with, in every run; with the larger, it loses more than 10 points in every run. Take at least two
-        seeds, 20 iterations or more, and all else equal: python train.py --sweep reward=delta alpha=0.3,1 seed=0,1 in the
-        copy is a beginning; python eval.py --runs runs/delta-*/ shows them. Let where_delta_breaks return the two alphas; the runs are
-        checked.""",
+        seeds, 20 iterations or more, and all else equal: python train.py --sweep reward=delta alpha=0.1,1 seed=0,1 in the
+        copy is a beginning; python eval.py --runs runs/delta-*/ shows them. Let where_delta_breaks return the two alphas;
+        the runs are checked.""",
         """They name an alpha from one seed, or from success of the rollout in the last iteration. They vary alpha and
         iterations together: a hack needs time, and the bracket moves with it. "Delta is bounded, so it cannot be hacked": by
         one step more the return of writing on is up to alpha, that of answering at once 0 (docstring of rewards.py). Ask
