@@ -644,13 +644,20 @@ def claim_orm(o: "Options", device) -> dict:
 
 
 def claim_map(o: "Options", device) -> dict:
-    """6: every reward at every alpha; in the figure the bars are from the least to the greatest of the seeds."""
-    runs, tables = read_sweep(["map", "main"], o.runs_dir), []
+    """6: every reward at every alpha, of the seeds of which all runs are done, or no two cells could be compared; in the
+    figure the bars are from the least to the greatest of them."""
+    runs, tables, asked = read_sweep(["map", "main"], o.runs_dir), [], combinations(["map"])
+    missing = {int(run["seed"]) for name, run in asked.items() if name not in {run["run"] for run in runs}}
+    seeds = sorted(seed for seed in {int(run["seed"]) for run in asked.values()} if seed not in missing)
+    if not seeds:
+        raise UserError(f"{o.runs_dir}: the sweep map has no seed of which all runs are done")
+    runs = [run for run in runs if seed_of(run) in seeds]
     alphas = sorted({run["options"]["alpha"] for run in runs} - {0.0})
     rewards = [r for r in REWARDS if of(runs, reward=r)]
     titles = {"sampled_accuracy": "sampled accuracy, %", "sampled_steps": "steps of a sampled answer"}
     for key, title in titles.items():
         scale, rows = 100 if "%" in title else 1, []
+        title += f", seed {' and '.join(map(str, seeds))}"
         for reward in rewards:
             groups = [of(runs, reward=reward, **({"alpha": a} if reward != "success" else {})) for a in alphas]
             rows.append([reward, *(final(group, key, scale) or "" for group in groups)])

@@ -525,6 +525,10 @@ def test_the_claims_over_metrics_give_each_runs_values_and_their_differences_by_
     accuracy, steps = claim(monkeypatch, runs, "map")["tables"]
     assert column(accuracy, "alpha 0.5")["delta"] == pytest.approx([50, 60]) and column(steps, "alpha 0.5")["prm"] == [8, 8]
     assert (runs / "claims" / "map.png").stat().st_size > 10_000
+    (runs / "prm-alpha0.5-seed1" / "model").rename(runs / "away")  # of seed 1 not all runs are done
+    accuracy, _ = claim(monkeypatch, runs, "map")["tables"]
+    assert accuracy["title"].endswith("seed 0") and column(accuracy, "alpha 0.5")["delta"] == pytest.approx([50])
+    (runs / "away").rename(runs / "prm-alpha0.5-seed1" / "model")
     table = claim(monkeypatch, runs, "dense")["tables"][0]
     assert column(table, "iteration 1") == {"prm": [25, 25], "delta": [25, 25]}
     assert {row[2] for row in claim(monkeypatch, runs, "sums")["tables"][0]["rows"]} == {"2"}
