@@ -445,7 +445,8 @@ def new_figure(panels: list[str], columns: int):
 
 def save_figure(figure, axes: list, path: str) -> None:
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 9), fontsize=9, frameon=False)
+    columns = min(len(labels), int(figure.get_size_inches()[0] / 1.35))  # as many as fit in the width
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
     figure.savefig(path, dpi=150)
 
 
