@@ -605,7 +605,7 @@ class Trainer:
         scores, outcome = learned[0] if learned else (None, None)
         for x in (scores, outcome):
             if x is not None and (bad := int(all_reduce((~x.isfinite()).sum()))):
-                raise BrokenReward(f"the reward model gives {bad} scores that are not finite: train it anew, or give another")
+                raise BrokenReward(f"the reward model gives {bad} scores that are not finite: train it anew or give another")
         return logp, ref_logp, values, final, scores, outcome
 
     def reread(self, answers: list[dict]) -> tuple[Batch, Tensor, list]:
@@ -651,7 +651,8 @@ class Trainer:
             "nonzero": ((refined != 0) & mask).sum(1) if refined is not None else zero,
         }
         if self.toy:
-            count["good_steps"] = torch.tensor([sum(filter(None, oracle_at(a["question"], a["response"], a["cuts"]))) for a in answers])
+            good = [oracle_at(a["question"], a["response"], a["cuts"]) for a in answers]
+            count["good_steps"] = torch.tensor([sum(filter(None, steps)) for steps in good])
         return count
 
     def evaluate(self) -> tuple[dict, list[dict]]:
