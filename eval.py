@@ -306,9 +306,21 @@ def markdown(heads: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def percent(interval: tuple[float, float, float]) -> str:
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, two-sided, n = 2 to 10 and more
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean of independent runs, and half the width of its 95 % interval; 0 for a single one, of which nothing is known."""
+    n, mean = len(values), sum(values) / len(values)
+    if n < 2:
+        return mean, 0.0
+    deviation = (sum((x - mean) ** 2 for x in values) / (n - 1)) ** 0.5
+    return mean, T95[min(n, 10) - 2] * deviation / n**0.5
+
+
+def percent(bounds: tuple[float, float, float]) -> str:
     """A mean and its interval."""
-    return "{:.1f} ({:.1f} to {:.1f})".format(*(100 * x for x in interval))
+    return "{:.1f} ({:.1f} to {:.1f})".format(*(100 * x for x in bounds))
 
 
 def of_k(measure: str) -> tuple[str, int]:
@@ -389,6 +401,10 @@ def read_run(folder: str) -> list[dict]:
     if not any("greedy_accuracy" in row for row in rows):
         raise UserError(f"{path}: holds no evaluation")
     return rows
+
+
+def read_answers(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def last_evaluation(folder: str) -> dict:
@@ -473,6 +489,99 @@ def draw_curves(groups: dict[str, list[list[dict]]], path: str, panels: tuple[st
     save_figure(figure, axes, path)
 
 
+# ------------------------------------------------------------------------------------------------ one run, step by step
+
+
+@dataclass
+class ShowOptions:
+    iteration: int | None = option(None, "whose answers, or where the page begins; default: the first and the last")
+    html: str = option("", "write a page with a slider over the iterations to this file, instead")
+
+
+def explain(row: dict, alpha: float) -> dict:
+    """An answer as `show` shows it, with None for what its reward does not have. A step's return-to-go has two parts: what
+    the learned reward `pays`, alpha * (r_k + ... + r_K) or alpha * r_outcome, and Correct. It is undiscounted, and without
+    the KL penalty and the value that a truncated answer bootstraps, which samples.jsonl does not hold."""
+    K, texts, s, r = row["steps"], [text.strip() for text in prm.steps_of(row)], row["scores"], row["refined"]
+    question, response, outcome = row["question"], row["response"], row["outcome"]
+    pays = [None if outcome is None else alpha * outcome * (not row["truncated"])] * K
+    pays = pays if r is None else [alpha * sum(r[k:]) for k in range(K)]
+    right = oracle_at(question, response, row["cuts"]) if is_toy(question) else [None] * K
+    steps = [
+        {"text": text, "repeats": texts.index(text) + 1 if text in texts[:k] else None, "score": s and s[k], "r": r and r[k],
+         "pays": pay, "return": None if pay is None else pay + row["correct"], "oracle": good}
+        for k, (text, good, pay) in enumerate(zip(texts, right, pays))
+    ]  # fmt: skip
+    return {
+        "question": question, "gold": extract(row["gold"]) or row["gold"], "verdict": word(row["verdict"]),
+        "outcome": outcome, "correct": row["correct"], "watched": row.get("watched", False), "steps": steps,
+        "rest": response[max([0, *row["cuts"]]) :].strip(),
+    }  # fmt: skip
+
+
+def read_show(folder: str) -> dict:
+    """A run's name, reward and alpha, and of each iteration its means and a few answers."""
+    path, means = Path(folder), {row["iteration"]: row for row in read_run(folder)}
+    if missing := [name for name in ("config.json", "samples.jsonl") if not (path / name).is_file()]:
+        raise UserError(f"{folder}: not the folder of a run (it has no {missing[0]})")
+    options, answers = json.loads((path / "config.json").read_text()), defaultdict(list)
+    for row in map(json.loads, whole_lines(path / "samples.jsonl")):
+        answers[row["iteration"]].append(explain(row, options["alpha"]))
+    if not answers:
+        raise UserError(f"{folder}: has no answers yet, its first iteration is not done")
+    keys = ("success", "steps", "repeats", "process_reward")
+    rows = [{"iteration": i, **{k: means.get(i, {}).get(k) for k in keys}, "answers": x} for i, x in answers.items()]
+    return {"run": path.resolve().name, "reward": options["reward"], "alpha": options["alpha"], "iterations": rows}
+
+
+def answer_text(answer: dict, colour: bool) -> str:
+    """For the terminal: blue is good and vermilion bad, which the colour-blind tell apart."""
+    paint = lambda text, value: f"\x1b[38;5;{32 if value > 0 else 166}m{text}\x1b[0m" if colour and value else text
+    middle = {"score": 0.5, "r": 0, "return": 0, "oracle": 0.5}
+    columns = [key for key in middle if any(step[key] is not None for step in answer["steps"])]
+    lines = [clean(f"{answer['question']}   gold {answer['gold']}, ") + paint(answer["verdict"], answer["correct"] - 0.5)]
+    lines[0] += "" if answer["outcome"] is None else f", outcome score {answer['outcome']:.2f}"
+    lines[0] += "   (the same question in every iteration)" if answer["watched"] else ""
+    lines.append("   k" + "".join(f"{key:>8}" for key in columns) + "  step")
+    below = "\n" + " " * (len(lines[1]) - 4)  # where a step goes on that has several lines
+    for k, step in enumerate(answer["steps"], 1):
+        cell = lambda key, x: {True: "right", False: "wrong", None: ""}[x] if key == "oracle" else f"{x:.2f}"
+        cells = [paint(f"{cell(key, step[key]):>8}", (step[key] or 0) - middle[key]) for key in columns]
+        again = f"   (repeats {step['repeats']})" if step["repeats"] else ""
+        lines.append(f"{k:4}{''.join(cells)}  {clean(step['text']).replace(chr(10), below)}{again}")
+    rest = clean(answer["rest"]).replace("\n", below)
+    return "\n".join(lines) + (f"{below}{rest}   (cut off: no step)" if rest else "")
+
+
+def parse_show(argv: list[str]):
+    usage = "python eval.py show RUN [--iteration N] [--html FILE]"
+    parser = HfArgumentParser(ShowOptions, usage=usage, allow_abbrev=False)
+    parser.add_argument("run", help="the folder of a run")
+    return parser.parse_args(argv)
+
+
+def show(argv: list[str]) -> None:
+    o = parse_show(argv)
+    run = read_show(o.run)
+    rows = {row["iteration"]: row for row in run["iterations"]}
+    if o.iteration not in (None, *rows):
+        raise UserError(f"{o.run}: has no answers of iteration {o.iteration}, but of {min(rows)} to {max(rows)}")
+    if o.html:
+        # not one <, lest a model's </script> end the data, or its <!-- with <script hide the page's own end of them
+        text = json.dumps({**run, "start": f"#iteration={o.iteration or min(rows)}"}).replace("<", "\\u003c")
+        page = Path(__file__).with_name("assets") / "show.html"
+        write(Path(o.html), page.read_text(encoding="utf-8").replace("{{run}}", text))
+        print(f"written: {o.html}")
+        return
+    print(f"{run['run']}: reward {run['reward']}, alpha {run['alpha']:g}")
+    print("return: alpha * (r_k + ... + r_K, or r_outcome) + Correct; the KL penalty is left out")
+    for i in [o.iteration] if o.iteration else sorted({min(rows), max(rows)}):
+        means = ", ".join(f"{key.replace('_', ' ')} {x:.2f}" for key, x in rows[i].items() if isinstance(x, float))
+        print(f"\niteration {i} of {max(rows)}: {means}")
+        for answer in rows[i]["answers"]:
+            print("\n" + answer_text(answer, sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
+
+
 # ------------------------------------------------------------------------------------------------ claims, over many runs
 
 
@@ -514,18 +623,6 @@ def combinations(words: list[str]) -> dict[str, dict[str, str]]:
             names += [k for k in SEED if k in run and not (alike and k == "prepare_seed")]
             runs["-".join(run[k] if k in first else k + run[k] for k in names).replace("/", "_")] = run
     return runs
-
-
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, two-sided, for n = 2 to 10
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean of independent runs, and half the width of its 95 % interval; 0 for a single one, of which nothing is known."""
-    n, mean = len(values), sum(values) / len(values)
-    if n < 2:
-        return mean, 0.0
-    deviation = (sum((x - mean) ** 2 for x in values) / (n - 1)) ** 0.5
-    return mean, T95[min(n, 10) - 2] * deviation / n**0.5
 
 
 def render(table: dict) -> str:
@@ -828,99 +925,6 @@ def show_claims(o: "Options", device) -> None:
     print(f"\nwritten: {o.out}/")
 
 
-# ------------------------------------------------------------------------------------------------ one run, step by step
-
-
-@dataclass
-class ShowOptions:
-    iteration: int | None = option(None, "whose answers, or where the page begins; default: the first and the last")
-    html: str = option("", "write a page with a slider over the iterations to this file, instead")
-
-
-def explain(row: dict, alpha: float) -> dict:
-    """An answer as `show` shows it, with None for what its reward does not have. A step's return-to-go has two parts: what
-    the learned reward `pays`, alpha * (r_k + ... + r_K) or alpha * r_outcome, and Correct. It is undiscounted, and without
-    the KL penalty and the value that a truncated answer bootstraps, which samples.jsonl does not hold."""
-    K, texts, s, r = row["steps"], [text.strip() for text in prm.steps_of(row)], row["scores"], row["refined"]
-    question, response, outcome = row["question"], row["response"], row["outcome"]
-    pays = [None if outcome is None else alpha * outcome * (not row["truncated"])] * K
-    pays = pays if r is None else [alpha * sum(r[k:]) for k in range(K)]
-    right = oracle_at(question, response, row["cuts"]) if is_toy(question) else [None] * K
-    steps = [
-        {"text": text, "repeats": texts.index(text) + 1 if text in texts[:k] else None, "score": s and s[k], "r": r and r[k],
-         "pays": pay, "return": None if pay is None else pay + row["correct"], "oracle": good}
-        for k, (text, good, pay) in enumerate(zip(texts, right, pays))
-    ]  # fmt: skip
-    return {
-        "question": question, "gold": extract(row["gold"]) or row["gold"], "verdict": word(row["verdict"]),
-        "outcome": outcome, "correct": row["correct"], "watched": row.get("watched", False), "steps": steps,
-        "rest": response[max([0, *row["cuts"]]) :].strip(),
-    }  # fmt: skip
-
-
-def read_show(folder: str) -> dict:
-    """A run's name, reward and alpha, and of each iteration its means and a few answers."""
-    path, means = Path(folder), {row["iteration"]: row for row in read_run(folder)}
-    if missing := [name for name in ("config.json", "samples.jsonl") if not (path / name).is_file()]:
-        raise UserError(f"{folder}: not the folder of a run (it has no {missing[0]})")
-    options, answers = json.loads((path / "config.json").read_text()), defaultdict(list)
-    for row in map(json.loads, whole_lines(path / "samples.jsonl")):
-        answers[row["iteration"]].append(explain(row, options["alpha"]))
-    if not answers:
-        raise UserError(f"{folder}: has no answers yet, its first iteration is not done")
-    keys = ("success", "steps", "repeats", "process_reward")
-    rows = [{"iteration": i, **{k: means.get(i, {}).get(k) for k in keys}, "answers": x} for i, x in answers.items()]
-    return {"run": path.resolve().name, "reward": options["reward"], "alpha": options["alpha"], "iterations": rows}
-
-
-def answer_text(answer: dict, colour: bool) -> str:
-    """For the terminal: blue is good and vermilion bad, which the colour-blind tell apart."""
-    paint = lambda text, value: f"\x1b[38;5;{32 if value > 0 else 166}m{text}\x1b[0m" if colour and value else text
-    middle = {"score": 0.5, "r": 0, "return": 0, "oracle": 0.5}
-    columns = [key for key in middle if any(step[key] is not None for step in answer["steps"])]
-    lines = [clean(f"{answer['question']}   gold {answer['gold']}, ") + paint(answer["verdict"], answer["correct"] - 0.5)]
-    lines[0] += "" if answer["outcome"] is None else f", outcome score {answer['outcome']:.2f}"
-    lines[0] += "   (the same question in every iteration)" if answer["watched"] else ""
-    lines.append("   k" + "".join(f"{key:>8}" for key in columns) + "  step")
-    below = "\n" + " " * (len(lines[1]) - 4)  # where a step goes on that has several lines
-    for k, step in enumerate(answer["steps"], 1):
-        cell = lambda key, x: {True: "right", False: "wrong", None: ""}[x] if key == "oracle" else f"{x:.2f}"
-        cells = [paint(f"{cell(key, step[key]):>8}", (step[key] or 0) - middle[key]) for key in columns]
-        again = f"   (repeats {step['repeats']})" if step["repeats"] else ""
-        lines.append(f"{k:4}{''.join(cells)}  {clean(step['text']).replace(chr(10), below)}{again}")
-    rest = clean(answer["rest"]).replace("\n", below)
-    return "\n".join(lines) + (f"{below}{rest}   (cut off: no step)" if rest else "")
-
-
-def parse_show(argv: list[str]):
-    usage = "python eval.py show RUN [--iteration N] [--html FILE]"
-    parser = HfArgumentParser(ShowOptions, usage=usage, allow_abbrev=False)
-    parser.add_argument("run", help="the folder of a run")
-    return parser.parse_args(argv)
-
-
-def show(argv: list[str]) -> None:
-    o = parse_show(argv)
-    run = read_show(o.run)
-    rows = {row["iteration"]: row for row in run["iterations"]}
-    if o.iteration not in (None, *rows):
-        raise UserError(f"{o.run}: has no answers of iteration {o.iteration}, but of {min(rows)} to {max(rows)}")
-    if o.html:
-        # not one <, lest a model's </script> end the data, or its <!-- with <script hide the page's own end of them
-        text = json.dumps({**run, "start": f"#iteration={o.iteration or min(rows)}"}).replace("<", "\\u003c")
-        page = Path(__file__).with_name("assets") / "show.html"
-        write(Path(o.html), page.read_text(encoding="utf-8").replace("{{run}}", text))
-        print(f"written: {o.html}")
-        return
-    print(f"{run['run']}: reward {run['reward']}, alpha {run['alpha']:g}")
-    print("return: alpha * (r_k + ... + r_K, or r_outcome) + Correct; the KL penalty is left out")
-    for i in [o.iteration] if o.iteration else sorted({min(rows), max(rows)}):
-        means = ", ".join(f"{key.replace('_', ' ')} {x:.2f}" for key, x in rows[i].items() if isinstance(x, float))
-        print(f"\niteration {i} of {max(rows)}: {means}")
-        for answer in rows[i]["answers"]:
-            print("\n" + answer_text(answer, sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
-
-
 # ------------------------------------------------------------------------------------------------ the script
 
 
@@ -984,10 +988,6 @@ def with_votes(rows: list[dict], n: int) -> list[dict]:
     texts = [None if row["truncated"] else extract(row["response"]) for row in rows]
     votes = [vote for i in range(0, len(rows), n) for vote in same_answers(texts[i : i + n])]
     return [{k: v for k, v in row.items() if k not in ("ids", "ends")} | {"vote": vote} for row, vote in zip(rows, votes)]
-
-
-def read_answers(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def score_answers(scorer, answers: Path, file: Path, n: int, problems: int, settings: dict, rank: int, world: int) -> None:
