@@ -501,6 +501,10 @@ def run_script(main) -> None:
     Ctrl-C ends the process without a traceback."""
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # of `| head`, which has seen enough: nothing to say, nor at the end about what is left unread
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (UserError, OSError) as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(1)  # most mistakes are seen by all ranks: the first one has spoken, and torchrun stops us here

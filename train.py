@@ -602,11 +602,7 @@ class Trainer:
         if self.reward_model is not None:
             jobs.append(lambda: self.learned(*read))
         logp, ref_logp, (values, final), *learned = side_by_side(*jobs)
-        scores, outcome = learned[0] if learned else (None, None)
-        for x in (scores, outcome):
-            if x is not None and (bad := int(all_reduce((~x.isfinite()).sum()))):
-                raise BrokenReward(f"the reward model gives {bad} scores that are not finite: train it anew or give another")
-        return logp, ref_logp, values, final, scores, outcome
+        return logp, ref_logp, values, final, *(self.finite(*learned[0]) if learned else (None, None))
 
     def reread(self, answers: list[dict]) -> tuple[Batch, Tensor, list]:
         """The answers as the reward model reads them: a batch, the ends of its steps (B, K), and its micro-batches."""
@@ -625,6 +621,13 @@ class Trainer:
             return None, prm.score_outcomes(self.reward_model, batch, plan, self.device)
         return prm.score_steps(self.reward_model, batch, ends, plan, self.device), None
 
+    def finite(self, *learned) -> tuple:
+        """What the reward model said, on all ranks. Raises BrokenReward if a part of it is no number."""
+        for x in learned:
+            if x is not None and (bad := int(all_reduce((~x.isfinite()).sum()))):
+                raise BrokenReward(f"the reward model gives {bad} scores that are not finite: train it anew or give another")
+        return learned
+
     def watch(self, iteration: int) -> dict:
         """An answer to the first evaluation question, with the same random numbers in every iteration: `eval.py show` shows
         what training makes of it. All ranks take part, since the reward model may be sharded."""
@@ -634,7 +637,7 @@ class Trainer:
             temperature=o.temperature, slots=o.slots, seed=o.seed,
         )  # fmt: skip
         if self.reward_model is not None:
-            scores, outcome = self.learned(*self.reread(rows))
+            scores, outcome = self.finite(*self.learned(*self.reread(rows)))
         if scores is not None:
             refined = refine(o.reward, scores, torch.ones_like(scores, dtype=torch.bool), o.eta)
         return noted(rows, iteration, scores, refined, outcome)[0] | {"watched": True}

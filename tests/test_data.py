@@ -1,7 +1,10 @@
 """The embedded world is right, every way to load problems works or says why not, and steps end at the right tokens."""
 
 import json
+import os
 import random
+import sys
+from multiprocessing import get_context
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -22,6 +25,7 @@ from data import (
     mixture,
     normalised,
     oracle,
+    run_script,
     split_steps,
     find_steps,
     token_ends,
@@ -485,3 +489,23 @@ def test_the_files_of_a_data_set_as_the_hub_keeps_them(tmp_path):
     (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, rows)))
     parquet.write_table(Table.from_pylist(rows), tmp_path / "x.parquet")
     assert all(load_problems(str(tmp_path / name)) == expected for name in ("x.json", "lines.json", "x.parquet"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="forks")
+@pytest.mark.parametrize("flush", [True, False])  # in the middle of the script, and at its end
+def test_a_reader_that_has_seen_enough_ends_a_script_without_a_word(flush, tmp_path):
+    """As `python eval.py show RUN | head` does."""
+
+    def child():
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 1)
+        os.dup2(os.open(tmp_path / "said", os.O_WRONLY | os.O_CREAT), 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1, closefd=False)
+        run_script(lambda: print("a table", flush=flush))
+        os._exit(0)
+
+    process = get_context("fork").Process(target=child)
+    process.start()
+    process.join(30)
+    assert process.exitcode == 1 and (tmp_path / "said").read_text() == ""
