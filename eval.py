@@ -574,7 +574,7 @@ def show(argv: list[str]) -> None:
         print(f"written: {o.html}")
         return
     print(f"{run['run']}: reward {run['reward']}, alpha {run['alpha']:g}")
-    print("return: alpha * (r_k + ... + r_K, or r_outcome) + Correct; the KL penalty is left out")
+    print("return: alpha * (r_k + ... + r_K, or r_outcome) + Correct; left out: KL penalty, value behind truncated answers")
     for i in [o.iteration] if o.iteration else sorted({min(rows), max(rows)}):
         means = ", ".join(f"{key.replace('_', ' ')} {x:.2f}" for key, x in rows[i].items() if isinstance(x, float))
         print(f"\niteration {i} of {max(rows)}: {means}")

@@ -52,7 +52,7 @@ def show(monkeypatch, capsys, *argv) -> str:
 def test_the_terminal_shows_each_step_of_the_first_and_the_last_iteration(run, monkeypatch, capsys):
     assert show(monkeypatch, capsys, run).splitlines() == [  # not a terminal: no colour
         "run: reward prm, alpha 0.5",
-        "return: alpha * (r_k + ... + r_K, or r_outcome) + Correct; the KL penalty is left out",
+        "return: alpha * (r_k + ... + r_K, or r_outcome) + Correct; left out: KL penalty, value behind truncated answers",
         "",
         "iteration 1 of 2: success 0.50, steps 5.00, repeats 1.00, process reward 3.00",
         "",
