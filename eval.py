@@ -588,6 +588,7 @@ def show(argv: list[str]) -> None:
 SIX, FIVE, THREE = "reward=success,orm,prm,clip,delta,clip-delta", "seed+prepare_seed=0,1,2,3,4", "seed+prepare_seed=0,1,2"
 SWEEPS = {  # the runs behind the README's claims, which `python train.py --sweep NAME` makes
     "main": [f"{SIX} alpha=0.5 {FIVE}"],
+    "low-alpha": [f"reward=prm,delta alpha=0.3 {FIVE}"],
     "labels": [f"reward=prm labels=oracle alpha=0.5 {FIVE}", f"reward=prm flip_labels=0.1,0.2,0.4 alpha=0.5 {FIVE}"],
     "sums": [f"{SIX} preset=sums alpha=0.5 {THREE}"],
     "map": ["seed+prepare_seed=0,1 reward=orm,prm,clip,delta,clip-delta,progress,min,normed,penalty "
@@ -730,6 +731,14 @@ def claim_main(o: "Options", device) -> dict:
     curves = {key: {name: [series(run, key) for run in group] for name, group in groups.items()} for key in panels}
     hacked = hacked_answer(of(runs, reward="prm")[0])
     return {"runs": runs, "tables": [rewards_table(runs, "rewards", True)], "texts": [hacked], "curves": curves}
+
+
+def claim_low_alpha(o: "Options", device) -> dict:
+    """5: is there an alpha at which the process reward is hacked, and Delta not?"""
+    less = combinations(["low-alpha"])
+    runs = [run for run in read_sweep(["main", "low-alpha"], o.runs_dir)
+            if run["run"] in less or run["options"]["reward"] == "success"]  # fmt: skip
+    return {"runs": runs, "tables": [rewards_table(runs, "low-alpha", False)]}
 
 
 def claim_orm(o: "Options", device) -> dict:
@@ -895,8 +904,8 @@ def claim_repeats(o: "Options", device) -> dict:
 
 
 CLAIMS = {
-    "best-of-n": claim_best_of_n, "main": claim_main, "orm": claim_orm, "map": claim_map, "labels": claim_labels,
-    "dense": claim_dense, "cost": claim_cost, "sums": claim_sums, "repeats": claim_repeats,
+    "best-of-n": claim_best_of_n, "main": claim_main, "low-alpha": claim_low_alpha, "orm": claim_orm, "map": claim_map,
+    "labels": claim_labels, "dense": claim_dense, "cost": claim_cost, "sums": claim_sums, "repeats": claim_repeats,
 }  # fmt: skip
 
 

@@ -126,7 +126,7 @@ class Options(TextOptions):
     resume_from: int = option(0, "with --resume: from the checkpoint of this iteration; later ones are removed")
     save_every: int = option(10, "iterations between checkpoints; 0: only at the end")
     keep: int = option(2, "how many of the last checkpoints are kept")
-    sweep: list[str] = field(default_factory=list, metadata={"help": "many runs: main, map, labels, sums, or lists of "
+    sweep: list[str] = field(default_factory=list, metadata={"help": "many runs: main, low-alpha, map, labels, sums; or "
                              "values to combine, as in: reward=prm,delta alpha=0.1,1 seed+prepare_seed=0,1"})  # fmt: skip
     workers: int = option(0, "with --sweep: runs at once; 0: one for each core, with CUDA one")
     log_to: str = option("", "log to this as well, if it is installed (--log is taken by torchrun, where that starts us)",

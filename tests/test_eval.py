@@ -351,7 +351,9 @@ def test_rows_of_another_form_get_one_sentence(kind, tmp_path, monkeypatch, caps
 # ------------------------------------------------------------------------------------------------ claims, over many runs
 
 
-@pytest.mark.parametrize("name, count, seeds", [("main", 30, 5), ("map", 108, 2), ("labels", 20, 5), ("sums", 18, 3)])
+@pytest.mark.parametrize(
+    "name, count, seeds", [("main", 30, 5), ("low-alpha", 10, 5), ("map", 108, 2), ("labels", 20, 5), ("sums", 18, 3)]
+)
 def test_each_sweep_of_the_claims_has_its_runs_each_under_a_name_of_its_own(name, count, seeds):
     runs = combinations([name])
     assert len(runs) == count and len({json.dumps(run, sort_keys=True) for run in runs.values()}) == count
@@ -366,7 +368,7 @@ def test_sweeps_share_the_runs_that_are_the_same():
     main, grid, both = (combinations(names) for names in (["main"], ["map"], ["map", "main"]))
     shared = main.keys() & grid.keys()
     assert len(shared) == 5 * 2 and all(main[name] == grid[name] for name in shared)  # five rewards, two seeds
-    assert both == grid | main and set(SWEEPS) == {"main", "map", "labels", "sums"}
+    assert both == grid | main and set(SWEEPS) == {"main", "low-alpha", "map", "labels", "sums"}
     assert not combinations(["sums"]).keys() & combinations(["main", "map", "labels"]).keys()
 
 
@@ -519,6 +521,9 @@ def test_the_claims_over_metrics_give_each_runs_values_and_their_differences_by_
     assert [line.split() for line in found["texts"][0].splitlines()[3:]] == [
         ["1", "0.75", "0.75", "1.62", "right", "b41+5=46"], ["2", "0.50", "0.50", "1.25", "right", "####46"]]  # fmt: skip
     assert render(table) in capsys.readouterr().out and (runs / "claims" / "hacking.png").stat().st_size > 10_000
+
+    table = claim(monkeypatch, runs, "low-alpha")["tables"][0]
+    assert column(table, "greedy %")["delta"] == pytest.approx([50, 60]) and "the paper's" not in "".join(table["heads"])
 
     table = claim(monkeypatch, runs, "orm")["tables"][0]
     assert table["rows"] == [["1", "2", [0.6, 0.7], [0.8] * 2, [0.3] * 2, [0.7] * 2, [0.75] * 2]]  # of three

@@ -17,6 +17,7 @@ import train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+DRIFT = json.loads((ROOT / "assets/drift/main.json").read_text())
 FOUND = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "assets").glob("*.json"))}
 
 
@@ -29,12 +30,20 @@ def test_the_tables_in_the_README_are_rendered_from_the_values_of_each_run_in_as
         assert all(f"    {line}".rstrip() in README for line in text.splitlines()), text
 
 
-@pytest.mark.parametrize("name", FOUND)
+@pytest.mark.parametrize("name", sorted(str(path.relative_to(ROOT)) for path in (ROOT / "assets").rglob("*.json")))
 def test_each_file_in_assets_says_its_runs_with_seed_alpha_and_commit_and_the_options(name):
-    found = FOUND[name]
+    found = json.loads((ROOT / name).read_text())
     assert found["commit"] and found["runs"] and found["options_of_the_first"]["iterations"] > 0
     for run in found["runs"]:
         assert run.keys() == {"name", "seed", "prepare_seed", "alpha", "commit"} and run["commit"]
+
+
+def test_the_drift_in_the_README_is_that_of_the_runs_in_assets():
+    here, there = ({row[0]: row for row in table["tables"][0]["rows"]} for table in (FOUND["main"], DRIFT))
+    text = " ".join(README.split())
+    for reward in there.keys() - {"before"}:
+        assert re.search(rf"{there[reward][4][0]:.1f}( %)? with `{reward}` \({here[reward][4][0]:.1f}", text), reward
+    assert f"greedy accuracy of `prm` at {there['prm'][3][0]:.1f} % ({here['prm'][3][0]:.1f})" in text
 
 
 def test_every_claim_has_its_command_in_the_README():
