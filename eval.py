@@ -18,7 +18,6 @@ Over runs of several seeds figures are means with 95 % intervals of Student's t,
 Left out: few-shot prompts, tools, reward models that do not fit one GPU.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -114,15 +113,11 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 
 def same_answers(answers: list[str | None]) -> list[int | None]:
     """For each answer the place of the first one that the grader holds equal to it; None where there is no answer."""
-    firsts, out = {}, []
+    firsts = {}
     for i, text in enumerate(answers):
-        if text is None:
-            out.append(None)
-            continue
-        if text not in firsts:
+        if text is not None and text not in firsts:
             firsts[text] = next((place for other, place in firsts.items() if grade(other, text)), i)
-        out.append(firsts[text])
-    return out
+    return [firsts.get(text) for text in answers]
 
 
 def vote(votes: list[int | None], weights: list[float]) -> int | None:
@@ -312,9 +307,7 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Studen
 def interval(values: list[float]) -> tuple[float, float]:
     """Mean of independent runs, and half the width of its 95 % interval; 0 for a single one, of which nothing is known."""
     n, mean = len(values), sum(values) / len(values)
-    if n < 2:
-        return mean, 0.0
-    deviation = (sum((x - mean) ** 2 for x in values) / (n - 1)) ** 0.5
+    deviation = (sum((x - mean) ** 2 for x in values) / max(n - 1, 1)) ** 0.5
     return mean, T95[min(n, 10) - 2] * deviation / n**0.5
 
 
@@ -351,7 +344,7 @@ def over_k(figures: dict[str, list[float]], name: str) -> str:
     return markdown([f"{name}, %", *(f"k = {k}" for k in ks)], rows) if rows else ""
 
 
-def breakdown(problems: list[Problem], values: dict[str, Tensor]) -> str:
+def breakdown(problems: list[Problem], values: dict[str, Tensor], name: str) -> str:
     """The same figures by subject and by level; nothing where the data set has neither."""
     rows = []
     for kind in ("subject", "level"):
@@ -360,7 +353,7 @@ def breakdown(problems: list[Problem], values: dict[str, Tensor]) -> str:
             mask = torch.tensor([getattr(p, kind) == group for p in problems])
             rows.append([f"{kind} {group}" if kind == "level" else group, str(int(mask.sum()))])
             rows[-1] += [percent(bootstrap(v[mask])) for v in values.values()]
-    return markdown(["% (95 % interval)", "problems", *values], rows) if rows else ""
+    return f"{name}:\n\n" + markdown(["% (95 % interval)", "problems", *values], rows) if rows else ""
 
 
 def clean(text: str) -> str:
@@ -477,8 +470,7 @@ def draw_curves(groups: dict[str, list[list[dict]]], path: str, panels: tuple[st
             x = sorted(set.intersection(*map(set, series)))
             if not x:
                 continue
-            points = [interval([by[i] for by in series]) for i in x]
-            mean, half = (torch.tensor(column) for column in zip(*points))
+            mean, half = map(torch.tensor, zip(*(interval([by[i] for by in series]) for i in x)))
             few = key == "greedy_accuracy"
             ax.plot(x, mean, color=colour, linestyle=style, marker=marker if few else None, markersize=4, label=name)
             if len(runs) > 1:
@@ -662,63 +654,46 @@ def read_sweep(names: list[str], runs_dir: str) -> list[dict]:
     return found
 
 
-def seed_of(run: dict) -> int:
-    return run["options"]["seed"]
-
-
 def of(runs: list[dict], **want) -> list[dict]:
-    return sorted((run for run in runs if all(run["options"][k] == v for k, v in want.items())), key=seed_of)
+    """Those with these options, by seed."""
+    chosen = (run for run in runs if all(run["options"][k] == v for k, v in want.items()))
+    return sorted(chosen, key=lambda run: run["options"]["seed"])
 
 
-def final(runs: list[dict], key: str, scale: float = 1.0) -> list[float]:
-    """Of each run its last value."""
-    return [scale * [row[key] for row in run["rows"] if row.get(key) is not None][-1] for run in runs]
+def at(runs: list[dict], key: str, iteration: int | None = None) -> list[float]:
+    """Of each run that has one its value in an iteration, or its last one; shares in %."""
+    scale = 100 if "accuracy" in key or key == "nonzero" else 1.0
+    rows = ([x for x in run["rows"] if x.get(key) is not None and iteration in (None, x["iteration"])] for run in runs)
+    return [scale * found[-1][key] for found in rows if found]
 
 
-def at(runs: list[dict], key: str, iteration: int, scale: float = 1.0) -> list[float]:
-    rows = [row for run in runs for row in run["rows"] if row["iteration"] == iteration]
-    return [scale * row[key] for row in rows if row.get(key) is not None]
-
-
-def gains(runs: list[dict], others: list[dict], key: str, scale: float = 1.0) -> list[float]:
+def gains(runs: list[dict], others: list[dict], key: str) -> list[float]:
     """Of each run its last value less that of the other run of its seed, where there is one."""
-    pairs = [(run, other) for run in runs for other in others if seed_of(run) == seed_of(other)]
-    return [x - y for x, y in (final(pair, key, scale) for pair in pairs)]
+    pairs = [(run, other) for run in runs for other in of(others, seed=run["options"]["seed"])]
+    return [x - y for x, y in (at(pair, key) for pair in pairs)]
 
 
 def rewards_table(runs: list[dict], title: str, paper: bool) -> dict:
     """Before and after training with each reward; the differences are by seed, so that what the seeds share cancels."""
     heads = ["reward", "alpha", "seeds", "greedy %", "sampled %", "sampled, against before, %", "against success, %"]
-    heads += ["steps", "repeats", "process reward, first iteration", "last"]
-    heads += ["the paper's greedy / sampled %"] if paper else []
-    success, rows = of(runs, reward="success"), []
-    cell = lambda reward: " / ".join(f"{x:.2f}" for x in PAPER["qwen2-1.5b-instruct", reward]["math"])
-    rows.append([
-        "before", "", str(len(success)), at(success, "greedy_accuracy", 0, 100), at(success, "sampled_accuracy", 0, 100),
-        "", "", at(success, "sampled_steps", 0), at(success, "sampled_repeats", 0), "", "", *([cell("")] if paper else []),
-    ])  # fmt: skip
+    heads += ["steps", "repeats", "process reward, first iteration", "last", "the paper's greedy / sampled %"]
+    success, width = of(runs, reward="success"), len(heads) if paper else len(heads) - 1
+    said = lambda reward: " / ".join(f"{x:.2f}" for x in PAPER.get(("qwen2-1.5b-instruct", reward), {}).get("math", ()))
+    rows = [[
+        "before", "", str(len(success)), at(success, "greedy_accuracy", 0), at(success, "sampled_accuracy", 0), "", "",
+        at(success, "sampled_steps", 0), at(success, "sampled_repeats", 0), "", "", said(""),
+    ]]  # fmt: skip
     for reward in REWARDS:
         for alpha in sorted({run["options"]["alpha"] for run in of(runs, reward=reward)}):
-            group = of(runs, reward=reward, alpha=alpha)
-            after, before = final(group, "sampled_accuracy", 100), at(group, "sampled_accuracy", 0, 100)
-            learned = reward != "success"
+            group, learned = of(runs, reward=reward, alpha=alpha), reward != "success"
+            after, before = at(group, "sampled_accuracy"), at(group, "sampled_accuracy", 0)
             rows.append([
-                reward, f"{alpha:g}" if learned else "", str(len(group)), final(group, "greedy_accuracy", 100),
-                after, [x - y for x, y in zip(after, before)],
-                gains(group, success, "sampled_accuracy", 100) if learned else "", final(group, "sampled_steps"),
-                final(group, "sampled_repeats"), at(group, "process_reward", 1) if learned else "",
-                final(group, "process_reward") if learned else "",
-                *([cell(reward) if ("qwen2-1.5b-instruct", reward) in PAPER else ""] if paper else []),
+                reward, f"{alpha:g}" if learned else "", str(len(group)), at(group, "greedy_accuracy"), after,
+                [x - y for x, y in zip(after, before)], gains(group, success, "sampled_accuracy") if learned else "",
+                at(group, "sampled_steps"), at(group, "sampled_repeats"),
+                *([at(group, "process_reward", 1), at(group, "process_reward")] if learned else ["", ""]), said(reward),
             ])  # fmt: skip
-    return {"title": title, "heads": heads, "rows": rows}
-
-
-def hacked_answer(run: dict) -> str:
-    """Of the last iteration's answers the one with the most repeats, step by step."""
-    rows = read_answers(Path(run["folder"]) / "samples.jsonl")
-    row = max((row for row in rows if row["iteration"] == rows[-1]["iteration"]), key=lambda row: row["repeats"])
-    title = f"{run['run']}, iteration {row['iteration']}, alpha {run['options']['alpha']:g}"
-    return f"{title}\n{answer_text(explain(row, run['options']['alpha']), False)}"
+    return {"title": title, "heads": heads[:width], "rows": [row[:width] for row in rows]}
 
 
 def claim_main(o: "Options", device) -> dict:
@@ -729,7 +704,10 @@ def claim_main(o: "Options", device) -> dict:
     draw_curves({name: [run["rows"] for run in group] for name, group in groups.items()}, f"{o.out}/hacking.png", panels)
     series = lambda run, key: [round(row[key], 4) for row in run["rows"] if key in row]
     curves = {key: {name: [series(run, key) for run in group] for name, group in groups.items()} for key in panels}
-    hacked = hacked_answer(of(runs, reward="prm")[0])
+    run = groups["prm"][0]
+    alpha, rows = run["options"]["alpha"], read_answers(Path(run["folder"]) / "samples.jsonl")
+    most = max((row for row in rows if row["iteration"] == rows[-1]["iteration"]), key=lambda row: row["repeats"])
+    hacked = f"{run['run']}, iteration {most['iteration']}, alpha {alpha:g}\n{answer_text(explain(most, alpha), False)}"
     return {"runs": runs, "tables": [rewards_table(runs, "rewards", True)], "texts": [hacked], "curves": curves}
 
 
@@ -759,16 +737,15 @@ def claim_map(o: "Options", device) -> dict:
     seeds = sorted(seed for seed in {int(run["seed"]) for run in asked.values()} if seed not in missing)
     if not seeds:
         raise UserError(f"{o.runs_dir}: the sweep map has no seed of which all runs are done")
-    runs = [run for run in runs if seed_of(run) in seeds]
+    runs = [run for run in runs if run["options"]["seed"] in seeds]
     alphas = sorted({run["options"]["alpha"] for run in runs} - {0.0})
-    rewards = [r for r in REWARDS if of(runs, reward=r)]
     titles = {"sampled_accuracy": "sampled accuracy, %", "sampled_steps": "steps of a sampled answer"}
     for key, title in titles.items():
-        scale, rows = 100 if "%" in title else 1, []
         title += f", seed {' and '.join(map(str, seeds))}"
-        for reward in rewards:
+        rows = []
+        for reward in [r for r in REWARDS if of(runs, reward=r)]:
             groups = [of(runs, reward=reward, **({"alpha": a} if reward != "success" else {})) for a in alphas]
-            rows.append([reward, *(final(group, key, scale) or "" for group in groups)])
+            rows.append([reward, *(at(group, key) or "" for group in groups)])
         tables.append({"title": title, "heads": [title, *(f"alpha {alpha:g}" for alpha in alphas)], "rows": rows})
     figure, axes = new_figure([*titles.values()], 2)
     for ax, table in zip(axes, tables):
@@ -803,10 +780,9 @@ def claim_labels(o: "Options", device) -> dict:
         if group := of(runs, labels=labels, flip_labels=flip):
             rows.append([
                 name, str(len(group)), [quality_of(run)["auroc_oracle"] for run in group],
-                final(group, "greedy_accuracy", 100), final(group, "sampled_accuracy", 100),
-                gains(group, success, "sampled_accuracy", 100), final(group, "sampled_steps"),
-                gains(group, success, "sampled_steps"), final(group, "sampled_repeats"), at(group, "process_reward", 1),
-                final(group, "process_reward"),
+                at(group, "greedy_accuracy"), at(group, "sampled_accuracy"), gains(group, success, "sampled_accuracy"),
+                at(group, "sampled_steps"), gains(group, success, "sampled_steps"), at(group, "sampled_repeats"),
+                at(group, "process_reward", 1), at(group, "process_reward"),
             ])  # fmt: skip
     return {"runs": [*success, *runs], "tables": [{"title": "labels", "heads": heads, "rows": rows}]}
 
@@ -815,7 +791,7 @@ def claim_dense(o: "Options", device) -> dict:
     """8: is the refined reward dense, and does it stay so?"""
     runs, when = read_sweep(["main"], o.runs_dir), (1, 5, 10, 15, 20)
     groups = {reward: of(runs, reward=reward) for reward in PROCESS}
-    rows = [[name, str(len(x)), *(at(x, "nonzero", i, 100) for i in when)] for name, x in groups.items() if x]
+    rows = [[name, str(len(x)), *(at(x, "nonzero", i) for i in when)] for name, x in groups.items() if x]
     heads = ["steps whose reward is not 0, %", "seeds", *(f"iteration {i}" for i in when)]
     return {"runs": runs, "tables": [{"title": "dense, %", "heads": heads, "rows": rows}]}
 
@@ -843,10 +819,11 @@ def claim_best_of_n(o: "Options", device) -> dict:
     """1: reward models choose among 16 answers of the policy before training."""
     runs, values, quality, used = read_sweep(["main"], o.runs_dir), {}, [], []
     for run in of(runs, reward="prm"):
-        if not (other := of(runs, reward="orm", seed=seed_of(run))):
+        c = run["options"]
+        if not (other := of(runs, reward="orm", seed=c["seed"])):
             continue
         used += [run, *other]
-        c, out = run["options"], Path(o.runs_dir, "eval", f"best-of-16-seed{seed_of(run)}")
+        out = Path(o.runs_dir, "eval", f"best-of-16-seed{c['seed']}")
         each = Options(
             model=c["policy"], prm=c["reward_model"], orm=other[0]["options"]["reward_model"], data=c["data"],
             problems=o.problems or 500, samples=16, prompt=c["prompt"], max_new_tokens=c["max_new_tokens"],
@@ -922,8 +899,7 @@ def show_claims(o: "Options", device) -> None:
     """Print the tables of the claims, and write them with all that is behind them: OUT/NAME.json, figures as png."""
     o.out = o.out or str(Path(o.runs_dir, "claims"))
     Path(o.out).mkdir(parents=True, exist_ok=True)
-    names = [*CLAIMS] if o.claim == "all" else [o.claim]
-    for name in names:
+    for name in CLAIMS if o.claim == "all" else [o.claim]:
         found = CLAIMS[name](o, device)
         runs = [{k: run["options"][k] for k in ("name", *SEED, "alpha", "commit")} for run in found.pop("runs")]
         options = json.loads(Path(o.runs_dir, runs[0]["name"], "config.json").read_text())
@@ -1009,10 +985,6 @@ def score_answers(scorer, answers: Path, file: Path, n: int, problems: int, sett
     prm.in_blocks(file, file.stem, settings, problems, 1, make, rank, world, size=max(1, 1024 // n))
 
 
-def digest(settings) -> str:
-    return hashlib.sha1(json.dumps(settings).encode()).hexdigest()[:10]
-
-
 def report(o: Options, known: tuple[str, str], sets: dict, answers: dict, weights: dict, folder: Path) -> None:
     """Print the tables, and write them: results.md, results.json."""
     results, text, means = {}, [], {}
@@ -1021,11 +993,9 @@ def report(o: Options, known: tuple[str, str], sets: dict, answers: dict, weight
         values = measures(greedy, rows, o.samples, weights[name])
         results[name] = {measure: bootstrap(x) for measure, x in values.items()}
         means[name] = {way: summarise(r, n) for way, r, n in (("greedy", greedy, 1), ("sampled", rows, o.samples))}
-        if curve := over_k(results[name], name):
-            text.append(curve)
         few = ("greedy accuracy", "sampled accuracy", f"pass@{o.samples}", f"majority of {o.samples}")
-        if parts := breakdown(problems, {m: values[m] for m in few if m in values}):
-            text.append(f"{name}:\n\n{parts}")
+        parts = breakdown(problems, {m: values[m] for m in few if m in values}, name)
+        text += filter(None, [over_k(results[name], name), parts])
     sizes = {name: len(problems) for name, problems in sets.items()}
     text.insert(0, results_table(results, sizes, PAPER.get(known, {}), o.samples))
     for way in ("greedy", "sampled"):
@@ -1052,7 +1022,7 @@ def evaluate_model(o: Options, known: tuple[str, str], rank: int, world: int, de
     same = (*(f.name for f in fields(TextOptions)), "samples", "temperature", "seed", "dtype")
     settings = {"model": prm.identity(o.model), **{name: getattr(o, name) for name in same}}
     own = Path(o.model).parent.name if Path(o.model).name == "model" else Path(o.model).name
-    folder = Path(o.out or f"runs/eval/{own}-{digest([settings, o.problems])}")
+    folder = Path(o.out or f"runs/eval/{own}-{prm.digest([settings, o.problems])}")
     on_rank_0(lambda: folder.mkdir(parents=True, exist_ok=True), share=False)
     if rank == 0:
         print(f"answers, scores and results: {folder}/", flush=True)
@@ -1074,7 +1044,7 @@ def evaluate_model(o: Options, known: tuple[str, str], rank: int, world: int, de
         scorer = lru_cache(lambda kind=kind: Scorer(o, kind, device))
         for name, problems in sets.items() if getattr(o, kind) else ():
             model = {**settings, kind: prm.identity(getattr(o, kind)), "format": o.prm_format}
-            file = folder / f"{name}-{kind}-{digest(model)}.jsonl"
+            file = folder / f"{name}-{kind}-{prm.digest(model)}.jsonl"
             score_answers(scorer, answers[name, "sampled"], file, o.samples, len(problems), model, rank, world)
             found = ways(kind, [s for row in read_answers(file) for s in row["scores"]])
             places = range(0, len(problems) * o.samples, o.samples)

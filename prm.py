@@ -30,6 +30,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from itertools import accumulate, zip_longest
@@ -152,9 +153,8 @@ def make_labels(
     prompts = encode_prompts(tokenizer, problems, o.prompt, o.max_prompt_tokens)
     own = reads.get_vocab() == tokenizer.get_vocab()
     starts = prompts if own else encode_prompts(reads, problems, o.prompt, 1 << 30)
-    ends_completion, same = eos_ids(completer, reads), completer is policy
-    policy = as_sampler(policy)  # which keeps its cache from block to block
-    completer = policy if same else as_sampler(completer)
+    ends_completion = eos_ids(completer, reads)
+    policy, completer = map(lru_cache(as_sampler), (policy, completer))  # which keep their caches from block to block
     sampler = dict(temperature=o.temperature, slots=o.slots)
     done, began, figures = [0, 0], time.perf_counter(), {}  # prefixes, completions
 
@@ -393,8 +393,7 @@ def render_skywork(tokenizer, question: str, steps: list[str]) -> tuple[list[int
 def render_trl(tokenizer, question: str, steps: list[str]) -> tuple[list[int], list[int]]:
     """Token classifiers trained by TRL's PRMTrainer: question and steps encoded one by one, a newline behind each step."""
     encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
-    ids, marks = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id], []
-    ids = ids + encode(question)
+    ids, marks = ([] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]) + encode(question), []
     for step in steps:
         ids = ids + encode(step.strip()) + encode("\n")
         marks.append(len(ids) - 1)
@@ -411,63 +410,46 @@ class Format:
     names: tuple[str, ...]  # parts of hub names, in lower case, or of the architecture in config.json
 
 
-def linear(size: int, weights: dict) -> nn.Linear:
-    head = nn.Linear(size, 1)
-    if weights:
-        head.load_state_dict({"weight": weights["weight"], "bias": weights.get("bias", torch.zeros(1))})
-    return head
+def linear(path: str, lm, prefix: str, rows: int, bias: bool = True) -> nn.Linear:
+    """A layer of a published head, with so many rows in the files; of two classes the second's row less the first's."""
+    size = lm.config.hidden_size
+    layer = nn.Linear(size, 1 if rows == 2 else rows)
+    if lm.device.type == "meta":
+        return layer
+    weights = read_tensors(path, prefix)
+    for name, shape in {"weight": (rows, size), **({"bias": (rows,)} if bias else {})}.items():
+        if name not in weights or weights[name].shape != shape:
+            want = "x".join(map(str, shape))
+            raise UserError(f"{path}: has no weight {prefix}{name} of {want}, so it is of another format: see --prm-format")
+    both = {"weight": weights["weight"], "bias": weights.get("bias", torch.zeros(rows))}
+    layer.load_state_dict({name: x.diff(dim=0) if rows == 2 else x for name, x in both.items()})
+    return layer
 
 
 def two_words(path: str, lm, tokenizer) -> nn.Linear:
     """The logits of "+" and "-", of the LM itself."""
-    output = lm.get_output_embeddings().weight
-    vocab = tokenizer.get_vocab()
+    output, vocab = lm.get_output_embeddings().weight, tokenizer.get_vocab()
     plus, minus = (vocab.get("▁" + word, vocab[word]) for word in "+-")  # Mistral's begin with a space
-    weights = {} if output.is_meta else {"weight": (output[plus].float() - output[minus].float())[None].detach()}
-    return linear(output.shape[1], weights)
-
-
-def difference(weights: dict, prefix: str = "") -> dict:
-    """Of the second class's row and the first one's."""
-    rows = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
-    return {name: x[1:] - x[:1] for name, x in rows.items()}
-
-
-def published(path: str, lm, prefix: str, sizes: dict[str, tuple]) -> dict:
-    """The head's weights as they are in the files, none if the LM is a shape alone."""
-    weights = {} if lm.device.type == "meta" else read_tensors(path, prefix)
-    for name, size in sizes.items() if lm.device.type != "meta" else ():
-        if name not in weights or weights[name].shape != size:
-            want = "x".join(map(str, size))
-            raise UserError(f"{path}: has no weight {prefix}{name} of {want}, so it is of another format: see --prm-format")
-    return weights
+    head = nn.Linear(output.shape[1], 1)
+    if not output.is_meta:
+        weight = (output[plus].float() - output[minus].float())[None].detach()
+        head.load_state_dict({"weight": weight, "bias": torch.zeros(1)})
+    return head
 
 
 def two_classes(path: str, lm, tokenizer) -> nn.Linear:
-    H, bias = lm.config.hidden_size, getattr(lm.config, "token_classification_bias", True)
-    return linear(H, difference(published(path, lm, "score.", {"weight": (2, H), **({"bias": (2,)} if bias else {})})))
+    return linear(path, lm, "score.", 2, getattr(lm.config, "token_classification_bias", True))
 
 
 def two_classes_mlp(path: str, lm, tokenizer) -> nn.Sequential:
-    size = lm.config.hidden_size
-    sizes = {"0.weight": (size, size), "0.bias": (size,), "2.weight": (2, size), "2.bias": (2,)}
-    weights = published(path, lm, "score.", sizes)
-    hidden = nn.Linear(size, size)
-    if weights:
-        hidden.load_state_dict({"weight": weights["0.weight"], "bias": weights["0.bias"]})
-    return nn.Sequential(hidden, nn.ReLU(), linear(size, difference(weights, "2.")))
-
-
-def value_head(path: str, lm, tokenizer) -> nn.Linear:
-    size = lm.config.hidden_size
-    return linear(size, published(path, lm, "v_head.summary.", {"weight": (1, size), "bias": (1,)}))
+    return nn.Sequential(linear(path, lm, "score.0.", lm.config.hidden_size), nn.ReLU(), linear(path, lm, "score.2.", 2))
 
 
 FORMATS = {
     "qwen": Format(render_qwen, two_classes_mlp, ("qwen2forprocessrewardmodel", "qwen2.5-math-prm", "7b-prm800k")),
     "shepherd": Format(render_shepherd, two_words, ("math-shepherd-mistral-7b-prm",)),
     "rlhflow": Format(render_rlhflow, two_words, ("8b-prm-mistral-data", "8b-prm-deepseek-data")),
-    "skywork": Format(render_skywork, value_head, ("skywork-o1-open-prm",)),
+    "skywork": Format(render_skywork, lambda path, lm, _: linear(path, lm, "v_head.summary.", 1), ("skywork-o1-open-prm",)),
     "trl": Format(render_trl, two_classes, ("fortokenclassification",)),
 }
 
@@ -529,11 +511,10 @@ def load_reward_model(path: str, dtype=torch.float32, device="cpu", format: str 
     format = find_format(path, format)
     if format == "own":
         return ScalarModel.load(path, dtype, device)
-    kind = FORMATS[format]
-    from_words = kind.head is two_words
-    lm = load_causal_lm(path, dtype, device, headless=not from_words)
+    make_head = FORMATS[format].head
+    lm = load_causal_lm(path, dtype, device, headless=make_head is not two_words)
     with torch.device("meta" if str(device) == "meta" else "cpu"):
-        head = kind.head(path, lm, reward_tokenizer(path, format))
+        head = make_head(path, lm, reward_tokenizer(path, format))
     return ScalarModel(without_head(lm, True), head=head, format=format).eval()
 
 
@@ -554,12 +535,11 @@ def targets(rows: list[dict], batch: Batch, ends: list[list[int]], kind: str) ->
 
 
 def train_reward_model(
-    model: ScalarModel, tokenizer, rows: list[dict], options: TrainOptions, *, prompt: str, device="cpu",
+    model: ScalarModel, tokenizer, rows: list[dict], o: TrainOptions, *, prompt: str, device="cpu",
     token_budget: int = 16384, seed: int = 0, rank: int = 0, world: int = 1,
 ) -> None:  # fmt: skip
     """Train on the rows whose questions are not held out. Raises UserError if no row has a step, or if the gradients stop
     being finite."""
-    o = options
     rows = [row for row in rows if not held_out(row["question"])]
     labels = [row["labels"] if o.kind == "prm" else [row["correct"]] if row["correct"] is not None else [] for row in rows]
     usable = [i for i, found in enumerate(labels) if found and rows[i]["response"]]
@@ -625,11 +605,9 @@ def score_steps(model: ScalarModel, batch: Batch, ends: Tensor, plan: list[list[
 
 
 def score_outcomes(model: ScalarModel, batch: Batch, plan: list[list[int]], device) -> Tensor:
-    """Outcome scores (B,): the ORM at the last token."""
-    if not batch.mask.shape[1]:
-        return torch.zeros(len(batch.mask))
-    last = (batch.mask.sum(1) - 1).clamp(min=0)[:, None]  # an answer without a token scores 0
-    return score_tokens(model, batch, plan, device).gather(1, last).squeeze(1)
+    """Outcome scores (B,): the ORM at the last token; 0 for an answer without one."""
+    scores = F.pad(score_tokens(model, batch, plan, device), (1, 0))  # (B, 1 + T)
+    return scores.gather(1, batch.mask.sum(1, keepdim=True)).squeeze(1)
 
 
 # ------------------------------------------------------------------------------------------------ quality
@@ -650,9 +628,8 @@ def quality(scores: Tensor, labels: Tensor) -> dict[str, float]:
     1706.04599)."""
     hard = (labels > 0.5).float()
     bins = (scores * 10).long().clamp(0, 9)
-    error = sum(
-        (bins == b).float().mean() * (scores[bins == b].mean() - labels[bins == b].mean()).abs() for b in bins.unique()
-    )
+    inside = [bins == b for b in bins.unique()]
+    error = sum(x.float().mean() * (scores[x].mean() - labels[x].mean()).abs() for x in inside)
     return {
         "auroc": auroc(scores, labels),
         "accuracy": ((scores > 0.5).float() == hard).float().mean().item(),
@@ -690,24 +667,27 @@ def evaluate_reward_model(
 # ------------------------------------------------------------------------------------------------ made once
 
 
+def digest(key, **more) -> str:
+    return hashlib.sha1(json.dumps(key, **more).encode()).hexdigest()[:10]
+
+
 def cached(cache: Path, what: str, title: str, key: dict, make, rank: int = 0) -> Path:
     """A folder under `cache`, named by everything that it depends on. make(folder) fills it if it is not there; it gets
     its name when it is complete, and what a stopped call left behind is handed to the next."""
-    folder = cache / f"{what}-{hashlib.sha1(json.dumps(key, sort_keys=True).encode()).hexdigest()[:10]}"
+    folder = cache / f"{what}-{digest(key, sort_keys=True)}"
     partial = folder.with_suffix(".partial")
-    held = None if rank or folder.exists() else lock(partial / "lock", wait=True)  # two runs that start at once make it once
-    exists = all_reduce(torch.tensor(float(rank == 0 and folder.exists()))).item()  # rank 0's view is everyone's
-    if rank == 0:
-        print(f"{title}: {'cached in' if exists else 'making'} {folder}", flush=True)
-    if not exists:
-        make(partial)
-        barrier()
+    # two runs that start at once make it once
+    with nullcontext() if rank or folder.exists() else lock(partial / "lock", wait=True):
+        exists = on_rank_0(folder.exists)  # rank 0's view is everyone's
         if rank == 0:
-            (partial / "key.json").write_text(json.dumps(key, indent=1))
-            partial.rename(folder)
-        barrier()
-    if held:
-        held.close()
+            print(f"{title}: {'cached in' if exists else 'making'} {folder}", flush=True)
+        if not exists:
+            make(partial)
+            barrier()
+            if rank == 0:
+                (partial / "key.json").write_text(json.dumps(key, indent=1))
+                partial.rename(folder)
+            barrier()
     return folder
 
 
@@ -755,8 +735,7 @@ def in_blocks(
     from the blocks that are there: they are always the same, and made whole, so that an interrupted file ends as one that
     was not. Raises UserError for a file of other settings, or one that is in use."""
     parts = path.with_name(path.name + ".parts")
-    held = on_rank_0(lambda: lock(parts / "lock"), share=False)
-    try:
+    with on_rank_0(lambda: lock(parts / "lock"), share=False) or nullcontext():
         missing = on_rank_0(lambda: left_to_do(path, parts, what, settings, total, each, size))
         mine = [range(i, min(i + size, total)) for i in missing[rank::world]]
         share = total if world == 1 else sum(map(len, mine))  # one rank's alone: the others do not wait for it
@@ -774,9 +753,6 @@ def in_blocks(
         if rank == 0:
             shutil.rmtree(parts)
         barrier()
-    finally:
-        if held:
-            held.close()
 
 
 def identity(path: str) -> str:
@@ -787,8 +763,19 @@ def identity(path: str) -> str:
     return " ".join([str(p.resolve()) if files else path, *(str(f.stat().st_mtime_ns) for f in files)])
 
 
-def new_reward_model(path: str, options: TrainOptions, device) -> ScalarModel:
-    return ScalarModel(load_causal_lm(path, device=device), options.likelihood).eval()
+def make_reward_model(
+    source: str, folder, rows: list[dict], options: TrainOptions, prompt: str, seed: int, dtype, device, *,
+    rank: int, world: int, token_budget: int = 16384, checkpointed: bool = False,
+) -> dict[str, float]:  # fmt: skip
+    """Train one from the weights of the LM `source`, save it in the folder, and measure its quality."""
+    tokenizer, where = load_tokenizer(source), dict(device=device, rank=rank, world=world, token_budget=token_budget)
+    untrained = lambda home: ScalarModel(load_causal_lm(source, device=home), options.likelihood).eval()
+    model = shard(untrained, dtype, device)
+    if checkpointed:
+        checkpoint_layers(model)
+    train_reward_model(model, tokenizer, rows, options, seed=seed, prompt=prompt, **where)
+    model.save(tokenizer, folder, rank)
+    return evaluate_reward_model(model, lambda rows: read_own(tokenizer, rows, prompt), rows, options.kind, **where)
 
 
 def print_quality(quality: dict[str, float]) -> None:
@@ -808,31 +795,24 @@ def prepare_reward_model(
     activations."""
     sources = [f"{identity(name)} {weight or ''}" for name, weight in mixture(data).items()]
     made_by = {"model": identity(model), "completer": identity(completer)}
-    key = {**made_by, "data": sources, "questions": questions, **asdict(label_options)}
+    o, kind = label_options, train_options.kind
+    key = {**made_by, "data": sources, "questions": questions, **asdict(o)}
     del key["slots"]  # which change nothing
     tokenizer, reads = load_tokenizer(model), load_tokenizer(completer)
 
     def label(folder):
         policy = load_causal_lm(model, dtype, device)
         other = policy if completer == model else load_causal_lm(completer, dtype, device)
-        make_labels(policy, other, tokenizer, problems(), label_options, folder / "labels.jsonl", rank, world, reads,
-                    made_by)  # fmt: skip
+        make_labels(policy, other, tokenizer, problems(), o, folder / "labels.jsonl", rank, world, reads, made_by)
 
     def train(folder):
-        rows = read_labels(str(labels / "labels.jsonl"))
-        model = shard(lambda home: new_reward_model(completer, train_options, home), dtype, device)
-        if checkpointed:
-            checkpoint_layers(model)
-        where = dict(device=device, rank=rank, world=world, token_budget=token_budget)
-        prompt = label_options.prompt
-        train_reward_model(model, reads, rows, train_options, seed=label_options.seed, prompt=prompt, **where)
-        read = lambda rows: read_own(reads, rows, prompt)
-        quality = evaluate_reward_model(model, read, rows, train_options.kind, **where)
-        model.save(reads, folder, rank)
+        quality = make_reward_model(
+            completer, folder, read_labels(str(labels / "labels.jsonl")), train_options, o.prompt, o.seed, dtype, device,
+            rank=rank, world=world, token_budget=token_budget, checkpointed=checkpointed,
+        )  # fmt: skip
         if rank == 0:
             (folder / "quality.json").write_text(json.dumps(quality, indent=1))
 
-    o, kind = label_options, train_options.kind
     title = f"labels of {o.problems} questions, up to {o.completions} completions a step"
     labels = cached(cache, "labels", title, key, label, rank)
     folder = cached(cache, kind, f"{kind} on these labels", {**key, **asdict(train_options)}, train, rank)
@@ -883,26 +863,21 @@ def run_stage(stage: str, o: Options, label_options: LabelOptions, train_options
     if stage == "label":
         problems, sizes = load_mixture(o.data, "train", label_options.problems if len(mixture(o.data)) == 1 else None)
         problems = problems if len(sizes) == 1 else draw(problems, sizes, label_options.problems, label_options.seed)
-        tokenizer = load_tokenizer(o.model)
-        reads = load_tokenizer(o.completer) if o.completer else tokenizer
-        policy = completer = load_causal_lm(o.model, dtype, device)
-        if o.completer:
-            completer = load_causal_lm(o.completer, dtype, device)
-        made_by = {"model": identity(o.model), "completer": identity(o.completer or o.model), "dtype": o.dtype}
+        name = o.completer or o.model
+        tokenizer, reads = load_tokenizer(o.model), load_tokenizer(name)
+        policy = load_causal_lm(o.model, dtype, device)
+        completer = policy if name == o.model else load_causal_lm(name, dtype, device)
+        made_by = {"model": identity(o.model), "completer": identity(name), "dtype": o.dtype}
         make_labels(policy, completer, tokenizer, problems, label_options, Path(o.out), rank, world, reads, made_by)
         return
-    rows, where = read_labels(o.labels_file, label_options.separator), dict(device=device, rank=rank, world=world)
+    rows, where = read_labels(o.labels_file, label_options.separator), dict(rank=rank, world=world)
     if stage == "train":
-        tokenizer = load_tokenizer(o.model)
-        model = shard(lambda home: new_reward_model(o.model, train_options, home), dtype, device)
-        train_reward_model(model, tokenizer, rows, train_options, seed=label_options.seed, prompt=prompt, **where)
-        model.save(tokenizer, o.out, rank)
-        read = lambda rows: read_own(tokenizer, rows, prompt)
+        quality = make_reward_model(o.model, o.out, rows, train_options, prompt, label_options.seed, dtype, device, **where)
     else:
         form = find_format(o.model, o.prm_format)
         read = Reader(o.model, form, prompt)
         model = shard(lambda home: load_reward_model(o.model, dtype, home, form), dtype, device)
-    quality = evaluate_reward_model(model, read, rows, train_options.kind, **where)
+        quality = evaluate_reward_model(model, read, rows, train_options.kind, device=device, **where)
     if rank == 0:
         print_quality(quality)
 
