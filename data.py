@@ -34,7 +34,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -163,12 +163,9 @@ def toy_solution(question: str, rng: random.Random, repeat: float = 0.1, max_lin
 def oracle(question: str, response: str) -> list[bool]:
     """Exact process labels of the embedded worlds: step k is good if it and all steps before it are right lines of the
     problem. A repeated right line is good: correct, and needless."""
-    right, good, labels, start = set(toy_lines(question)), True, [], 0
-    for end in split_steps(response, "\n"):
-        good = good and response[start:end].strip("\n") in right
-        labels.append(good)
-        start = end
-    return labels
+    right, ends = set(toy_lines(question)), split_steps(response, "\n")
+    lines = [response[start:end].strip("\n") for start, end in zip([0, *ends], ends)]
+    return [*accumulate((line in right for line in lines), min)]
 
 
 def oracle_at(question: str, response: str, cuts: list[int]) -> list[bool | None]:
@@ -285,14 +282,10 @@ def load_problems(name: str, split: str = "train", limit: int | None = None) -> 
     Raises UserError if there is no such file or data set, a row is malformed, or nothing is left."""
     if name in WORLDS:
         return toy_problems(split, limit or (20_000 if split == "train" else 1000), world=name)
-    problems = []
-    for where, row in read_rows(name, split):
-        # MathInstruct's "program of thought" half answers in Python, which nothing here runs.
-        if isinstance(row, dict) and str(row.get("source", "")).startswith("data/PoT"):
-            continue
-        problems.append(to_problem(row, where))
-        if limit and len(problems) == limit:
-            break
+    # MathInstruct's "program of thought" half answers in Python, which nothing here runs.
+    program = lambda row: isinstance(row, dict) and str(row.get("source", "")).startswith("data/PoT")
+    found = (to_problem(row, where) for where, row in read_rows(name, split) if not program(row))
+    problems = [*islice(found, limit or None)]
     if not problems:
         raise UserError(f"{name}: holds no problems")
     return problems
@@ -341,7 +334,7 @@ def draw(problems: list[Problem], sizes: list[tuple[int, float]], count: int, se
     """`count` random problems of a mixture, of each data set its share, as far as it has as many."""
     rng, rest, out = random.Random(seed), iter(problems), []
     for (n, _), share in zip(sizes, deal([0] * len(sizes), count, [weight for _, weight in sizes])):
-        out += rng.sample([next(rest) for _ in range(n)], min(share, n))
+        out += rng.sample([*islice(rest, n)], min(share, n))
     return rng.sample(out, len(out))
 
 
@@ -436,18 +429,12 @@ def find_steps(tokenizer, ids: list[int], separator: str, truncated: bool) -> tu
     A step's last token is the one that holds its last character; tokens and steps need not align, so one token may end
     two steps, which then count as one. The last step of a finished response ends at its last token (EOS)."""
     text, ends = token_ends(tokenizer, ids)
-    cuts, steps, t = [], [], 0
-    for cut in split_steps(text, separator, finished=not truncated):
-        while t < len(ids) - 1 and ends[t] < cut:
-            t += 1
-        if steps and steps[-1] == t:
-            cuts[-1] = cut
-        else:
-            cuts.append(cut)
-            steps.append(t)
+    cuts = split_steps(text, separator, finished=not truncated)
+    cut_at = {min(bisect_left(ends, cut), len(ids) - 1): cut for cut in cuts}  # by last token; of two steps the second's
+    steps = [*cut_at]
     if steps and not truncated:
         steps[-1] = len(ids) - 1
-    return text, cuts, steps
+    return text, [*cut_at.values()], steps
 
 
 def encode_steps(tokenizer, text: str, cuts: list[int], add_special_tokens: bool = False) -> tuple[list[int], list[int]]:

@@ -307,7 +307,9 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Studen
 def interval(values: list[float]) -> tuple[float, float]:
     """Mean of independent runs, and half the width of its 95 % interval; 0 for a single one, of which nothing is known."""
     n, mean = len(values), sum(values) / len(values)
-    deviation = (sum((x - mean) ** 2 for x in values) / max(n - 1, 1)) ** 0.5
+    if n < 2:
+        return mean, 0.0
+    deviation = (sum((x - mean) ** 2 for x in values) / (n - 1)) ** 0.5
     return mean, T95[min(n, 10) - 2] * deviation / n**0.5
 
 

@@ -90,7 +90,7 @@ class KVCache:
         self.reads_lengths = cuda and dtype != torch.float32
         self.granularity = max_tokens if self.reads_lengths else 256 if cuda else 32
         # whole windows: the window of a step, and with it the rounding of its sums, must not depend on the cache's size
-        max_tokens = -(-max_tokens // self.granularity) * self.granularity
+        max_tokens = self.window(max_tokens)
         shape = (config.num_hidden_layers, slots, heads, max_tokens, width(config)[3] // heads)
         # zeros, not empty: a masked key still meets its value, and 0 * nan is nan
         self.k, self.v = torch.zeros(2, *shape, dtype=dtype, device=device)
@@ -112,13 +112,9 @@ class Packed:
     cache, slots (B,): in a prefill, keys and values are also written to these slots."""
 
     def __init__(
-        self,
-        sequences: list[list[int]],
-        device="cpu",
-        prompt_lengths: list[int] | None = None,
-        cache: KVCache | None = None,
-        slots: Tensor | None = None,
-    ):
+        self, sequences: list[list[int]], device="cpu", prompt_lengths: list[int] | None = None,
+        cache: KVCache | None = None, slots: Tensor | None = None,
+    ):  # fmt: skip
         self.lengths = [len(s) for s in sequences]
         lengths = torch.tensor(self.lengths)  # (B,)
         ends = lengths.cumsum(0)
@@ -497,9 +493,8 @@ class ScalarModel(nn.Module):
         super().__init__()
         self.lm, self.likelihood, self.format = lm, likelihood, format
         self.head = head or nn.Linear(lm.config.hidden_size + likelihood, 1)
-        if head is None:
-            nn.init.zeros_(self.head.weight)
-            nn.init.zeros_(self.head.bias)
+        for p in self.head.parameters() if head is None else ():
+            nn.init.zeros_(p)
         self.head.to(lm.device)  # float32
         output = getattr(lm.get_output_embeddings(), "weight", None)
         if not likelihood and output is not None and output is not lm.get_input_embeddings().weight:

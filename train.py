@@ -28,9 +28,10 @@ import sys
 import time
 import warnings
 import zlib
+from bisect import bisect_left
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import accumulate
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -260,8 +261,7 @@ def run_hours(config, o: Options, iteration: dict, reward_config, ranks: int, b:
     out, T = {}, o.max_new_tokens
     if reward_model_kind(o.reward) and not (o.prm or o.orm):
         solutions = o.label_problems * o.label_samples
-        out["labels"] = sampling(config, solutions, T)
-        out["labels"] += sampling(reward_config, solutions * 8 * o.completions, T / 2)
+        out["labels"] = sampling(config, solutions, T) + sampling(reward_config, solutions * 8 * o.completions, T / 2)
         passes = replace(o, questions=solutions, samples=1, epochs=o.rm_epochs)
         out["reward model"] = hours(reward_config, passes, ranks=ranks, b=b)["update"] / 2  # no critic
     out["PPO"] = o.iterations * sum(iteration.values())
@@ -280,15 +280,8 @@ def plan(o: Options, gpus: int, gpu_memory: float, node: int, longest: int) -> t
         config, replace(o, **new), shards=min(gpus, node), longest=longest, sharded=sharded, **shape
     )  # fmt: skip
     fits = lambda **new: peak(parts(**new)) <= gpu_memory * 1e9 - RESERVE
-
-    def largest(name: str, most: int, **new) -> int:
-        """By bisection, the largest value of an option with which it fits; 0 if none does."""
-        low, high = 0, most + 1
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(**new, **{name: middle}) else (low, middle)
-        return low
-
+    # the largest value of an option with which it fits, up to `most`; 0 if none does
+    largest = lambda name, most, **new: bisect_left(range(1, most + 1), True, key=lambda x: not fits(**new, **{name: x}))
     slots, budget = largest("slots", 4096), largest("token_budget", 1 << 20)
     time, tokens = hours(config, o, **shape), o.questions * o.samples * o.max_new_tokens / 2
     rows = {**parts(), "total: what lasts, and the largest phase": peak(parts())}
@@ -377,22 +370,17 @@ def prepare(o: Options, found: list, parts: list, rank: int, world: int, device)
     kind = reward_model_kind(o.reward)
     if not kind or getattr(o, kind):
         return policy, getattr(o, kind) if kind else ""
-
-    def problems():
-        if o.data in WORLDS:
-            return toy_problems("train", o.label_problems, 3000 + o.prepare_seed, o.data)
-        return draw(found, parts, o.label_problems, o.prepare_seed)
-
+    made = lambda: toy_problems("train", o.label_problems, 3000 + o.prepare_seed, o.data)
+    drawn = lambda: draw(found, parts, o.label_problems, o.prepare_seed)
     labels = prm.LabelOptions(
         o.prompt, o.separator, o.max_prompt_tokens, o.max_new_tokens, problems=o.label_problems, samples=o.label_samples,
         completions=o.completions, labels=o.labels, flip=o.flip_labels, temperature=o.temperature, slots=o.slots,
         seed=o.prepare_seed,
     )  # fmt: skip
     training = prm.TrainOptions(kind, o.rm_epochs, o.rm_lr, o.rm_head_lr, likelihood=o.rm_likelihood)
-    dtype = DTYPES[o.dtype]
     return policy, prm.prepare_reward_model(
-        cache, policy, completer, o.data, problems, labels, training, questions=prm.fingerprint(found), dtype=dtype,
-        device=device, rank=rank, world=world,
+        cache, policy, completer, o.data, made if o.data in WORLDS else drawn, labels, training,
+        questions=prm.fingerprint(found), dtype=DTYPES[o.dtype], device=device, rank=rank, world=world,
         token_budget=o.token_budget, checkpointed=o.checkpoint_activations or device.type == "cuda",  # often larger
     )  # fmt: skip
 
@@ -467,20 +455,19 @@ class Trainer:
         self.dtype = DTYPES[o.dtype]
         self.tokenizer = load_tokenizer(model)
         on_gpus = lambda make, **more: shard(make, self.dtype, device, **more)
+        frozen = lambda make: on_gpus(lambda home: make(home).requires_grad_(False), offload=o.offload_frozen)
         self.policy = on_gpus(lambda home: Policy(load_causal_lm(model, device=home)))
         self.critic = on_gpus(lambda home: ScalarModel(load_causal_lm(model, device=home)).eval())
         if o.checkpoint_activations:
             checkpoint_layers(self.policy)
             checkpoint_layers(self.critic)
-        low = lambda home: Policy(load_causal_lm(model, self.dtype, home)).requires_grad_(False)
-        self.reference = on_gpus(low, offload=o.offload_frozen)
+        self.reference = frozen(lambda home: Policy(load_causal_lm(model, self.dtype, home)))
         self.sampler = Sampler(replica(self.policy.lm, self.dtype, device))
         self.reward_model = None
         if reward_model:
             form = prm.find_format(reward_model, o.prm_format)
             self.read = prm.Reader(reward_model, form, o.prompt, self.tokenizer)
-            low = lambda home: prm.load_reward_model(reward_model, self.dtype, home, form).requires_grad_(False)
-            self.reward_model = on_gpus(low, offload=o.offload_frozen)
+            self.reward_model = frozen(lambda home: prm.load_reward_model(reward_model, self.dtype, home, form))
         self.eos = on_rank_0(lambda: eos_ids(self.policy.lm, self.tokenizer))  # which is in a file that rank 0 alone reads
         # the second moments must forget within a run of tens of steps, hence the low betas
         self.optimizers = [adam(self.policy, o.lr, (0.9, 0.99)), adam(self.critic, o.critic_lr, (0.9, 0.95))]
@@ -537,7 +524,8 @@ class Trainer:
         # 7. log: means over the answers of all ranks
         per_answer = {"return": rewards.sum(1), "success": correct, "kl": ((logp - ref_logp) * batch.mask).sum(1)}
         per_answer |= self.rollout_metrics(batch, answers, mask, refined, outcome)
-        log = {k: all_reduce(x.sum(dtype=torch.float64)).item() / total for k, x in per_answer.items()}
+        mean = lambda x: all_reduce(x.sum(dtype=torch.float64)).item() / total
+        log = {"iteration": iteration, **{k: mean(x) for k, x in per_answer.items()}}
         verdicts = torch.tensor([[a["verdict"] == kind for kind in VERDICTS] for a in answers]).sum(0)
         log |= dict(zip((kind.replace(" ", "_") for kind in VERDICTS), all_reduce(verdicts).tolist()))
         for share in {"nonzero", "good_steps"} & log.keys():
@@ -545,7 +533,6 @@ class Trainer:
         if outcome is not None:
             log |= outcome_metrics(outcome, answers)
         log |= {"explained_variance": explained_variance(values, returns, batch.mask), "lr": lr, **losses, **clock.seconds}
-        log = {"iteration": iteration, **log}
         log["tokens_per_step"] = log["tokens"] / max(log["steps"], 1e-9)
         log["tokens_per_second"] = log["tokens"] * total / sum(clock.seconds.values())
         return log, [watched, *noted(answers[:4], iteration, scores, refined, outcome)]
@@ -594,11 +581,8 @@ class Trainer:
         if self.reward_model is not None and not self.read.same:  # another tokenizer, or another format: other tokens
             read = self.reread(answers)
         logp_by = lambda policy: batch.map(lambda _, *packed: policy(*packed, o.temperature)[0], plan, device)
-        jobs = [
-            lambda: logp_by(self.policy),
-            lambda: logp_by(self.reference),
-            lambda: score_values(self.critic, batch, plan, device),
-        ]
+        jobs = [lambda: logp_by(self.policy), lambda: logp_by(self.reference)]
+        jobs.append(lambda: score_values(self.critic, batch, plan, device))
         if self.reward_model is not None:
             jobs.append(lambda: self.learned(*read))
         logp, ref_logp, (values, final), *learned = side_by_side(*jobs)
@@ -746,15 +730,13 @@ def save_checkpoint(folder: Path, iteration: int, trainer: Trainer, sources: dic
 def load_checkpoint(folder: Path, trainer: Trainer, sources: dict) -> int:
     """Read the last checkpoint, or the one that --resume-from names, into the trainer; returns its iteration, 0 if there is
     none yet. Raises UserError if it is damaged or of another run."""
-    o, found = trainer.o, on_rank_0(lambda: checkpoints(folder))
+    o, found = trainer.o, {int(path.name[11:]): path for path in on_rank_0(lambda: checkpoints(folder))}
     if not found and not o.resume_from:
         return 0
-    number = lambda path: int(path.name[11:])
-    path = next((p for p in found if number(p) == o.resume_from), None) if o.resume_from else found[-1]
-    if path is None:
-        have = ", ".join(str(number(p)) for p in found) or "none"
-        raise UserError(f"{folder} has no checkpoint of iteration {o.resume_from}, but of {have}")
-    before = [number(p) for p in found if number(p) < number(path)]
+    wanted = o.resume_from or max(found)
+    if wanted not in found:
+        raise UserError(f"{folder} has no checkpoint of iteration {wanted}, but of {', '.join(map(str, found)) or 'none'}")
+    path, before = found[wanted], [n for n in found if n < wanted]
     mend = f"--resume-from {before[-1]} takes the one before it" if before else "there is none before it"
     try:
         manifest = json.loads((path / "manifest.json").read_text())
@@ -772,17 +754,12 @@ def load_checkpoint(folder: Path, trainer: Trainer, sources: dict) -> int:
         torch.set_rng_state(torch.tensor(cpu, dtype=torch.uint8))
         if cuda and torch.cuda.is_available():
             torch.cuda.set_rng_state(torch.tensor(cuda, dtype=torch.uint8))
-    for later in found[found.index(path) + 1 :] if trainer.rank == 0 else ():
-        remove(later)
+    for later in [n for n in found if n > wanted] if trainer.rank == 0 else ():
+        remove(found[later])
     return manifest["iteration"]
 
 
 # ------------------------------------------------------------------------------------------------ runs
-
-
-def restarted() -> bool:
-    """By torchrun --max-restarts, with the same options. Its nodes count for themselves: one of them may say 0."""
-    return bool(all_reduce(torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))), "max"))
 
 
 def same_options(folder: Path, o: Options) -> None:
@@ -842,18 +819,17 @@ def load_data(o: Options) -> tuple[list, list, list, list]:
     bad input costs no time. A question that the evaluation asks too is dropped."""
     tokenizer = load_tokenizer(o.model) if o.model else toy_tokenizer(o.data)
     known, sizes = load_mixture(o.eval_data or o.data, "test", o.eval_problems if o.data in WORLDS else None)
-    ends = [*accumulate(n for n, _ in sizes)]
-    test = [p for (n, _), end in zip(sizes, ends) for p in known[end - n :][: min(n, o.eval_problems)]]
+    rest = iter(known)
+    test = [p for n, _ in sizes for p in [*islice(rest, n)][: o.eval_problems]]
     encode_prompts(tokenizer, test, o.prompt, o.max_prompt_tokens)
     found, sizes = load_mixture(o.data, "train")
     say = print if os.environ.get("RANK", "0") == "0" else lambda *_, **__: None
     if not o.eval_data and (same := [name for name in mixture(o.data) if Path(name).is_file()]):
         say(f"{', '.join(same)}: training and evaluation ask the same questions; --eval-data names others", flush=True)
         known = [p for p in known if p.source not in same]
-    problems, prompts, parts, start, dropped = [], [], [], 0, [0] * 4
+    problems, prompts, parts, dropped, rest = [], [], [], [0] * 4, iter(found)
     for n, weight in sizes:
-        kept, *alike = drop_known(found[start : start + n], known)
-        start += n
+        kept, *alike = drop_known([*islice(rest, n)], known)
         if not kept:
             raise UserError(f"--data {o.data}: the evaluation asks all of one set's questions; choose another --eval-data")
         unique = [*{p.question: p for p in kept}.values()]
@@ -990,11 +966,6 @@ def open_log(o: Options, folder: Path, start: int):
 # ------------------------------------------------------------------------------------------------ many runs
 
 
-def last_iteration(metrics: Path) -> int:
-    lines = whole_lines(metrics)
-    return json.loads(lines[-1])["iteration"] if lines else 0
-
-
 def sweep(o: Options, argv: list[str]) -> None:
     """All runs of a sweep, each a process of its own, some at once, under one progress bar. Those that are done are left as
     they are, others continue. Raises UserError at the end if one has failed."""
@@ -1014,7 +985,11 @@ def sweep(o: Options, argv: list[str]) -> None:
         goals[name] = run.iterations
         if (folder / name / "config.json").exists():
             same_options(folder / name, run)
-    reached = lambda name: last_iteration(folder / name / "metrics.jsonl")
+
+    def reached(name: str) -> int:
+        lines = whole_lines(folder / name / "metrics.jsonl")
+        return json.loads(lines[-1])["iteration"] if lines else 0
+
     waiting = [name for name in runs if reached(name) < goals[name] or not (folder / name / "model").exists()]
     running, failed, told, seen = {}, [], [], {name: reached(name) for name in runs}
     folder.mkdir(parents=True, exist_ok=True)
@@ -1026,14 +1001,12 @@ def sweep(o: Options, argv: list[str]) -> None:
                 with open(folder / f"{name}.log", "w") as log:
                     call = [sys.executable, str(Path(__file__).resolve()), *calls[name]]
                     single = {**os.environ, "OMP_NUM_THREADS": "1"} if workers > 1 else None
-                    process = subprocess.Popen(call, stdout=log, stderr=log, env=single, start_new_session=True)
-                running[name] = process
+                    running[name] = subprocess.Popen(call, stdout=log, stderr=log, env=single, start_new_session=True)
             time.sleep(0.5)
-            for name in [*running] if interrupt.number else ():
-                if name not in told:
+            for name in [*running]:
+                if interrupt.number and name not in told:
                     running[name].terminate()  # which it notes; it finishes its iteration, and saves
                     told.append(name)
-            for name in [*running]:
                 seen[name] = max(seen[name], reached(name))
                 if (code := running[name].poll()) is not None:
                     del running[name]
@@ -1073,7 +1046,8 @@ def main() -> None:
     if options.threads and world == 1:  # torchrun divides the cores itself
         torch.set_num_threads(options.threads)
     with watching(rank, world):
-        again = restarted()
+        # by torchrun --max-restarts, with the same options; its nodes count for themselves: one of them may say 0
+        again = bool(all_reduce(torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))), "max"))
         options.resume |= again
         run(options, on_rank_0(lambda: open_run(options, again)), rank, world, device)
 
