@@ -29,12 +29,10 @@ import atexit
 import faulthandler
 import json
 import math
-import operator
 import os
 import random
 import re
 import select
-import struct
 import subprocess
 import sys
 import threading
@@ -61,9 +59,7 @@ VERDICTS = ("match", "mismatch", "unparsed", "timed out")
 
 # ------------------------------------------------------------------------------------------------ extraction
 
-BOX_OR_BRACE = re.compile(
-    r"\\{1,2}(?:boxed|fbox)(?![a-zA-Z])\s{0,9}(?:(\{)|([-+.0-9\\][^\s$]{0,99}))|\\.|[{}]", re.DOTALL
-)
+BOX_OR_BRACE = re.compile(r"\\{1,2}(?:boxed|fbox)(?![a-zA-Z])\s{0,9}(?:(\{)|([-+.0-9\\][^\s$]{0,99}))|\\.|[{}]", re.DOTALL)
 MARKER = re.compile(  # "The answer is", "**Answer**:", "### Answer", but not "the answer is correct"
     r"(?:answer[*_]{0,2}\s{0,3}|(?:option|choice) )(?:is\b:?|:)(?!\W{0,3}(?:indeed |thus |therefore |also )?"
     r"(?:correct|right|wrong|clear|not|reasonable|valid|unique|verified)\b)|<answer>|"
@@ -225,7 +221,6 @@ def extract(text: str) -> str | None:
 
 # ------------------------------------------------------------------------------------------------ spelling
 
-
 PLAIN = re.compile(  # -5, 1,234.5, .5, and with a decimal comma 1,50 and 0,125
     r"([-+]?)(?=\.?\d)(?:(\d{1,300})|(\d{1,3}(?:,\d{3}){1,99}))?(?:\.(\d{0,300})|,(\d\d)|(?<=\b0),(\d{3,99}))?", re.ASCII
 )
@@ -247,20 +242,11 @@ CHARACTERS = dict(zip("−–×·⋅∙∗≦≧⩽⩾º′’~", "--*****≤≥
 CHARACTERS |= dict(zip("⌊⌋⌈⌉⟨⟩△∠", (rf"\{c} " for c in "lfloor rfloor lceil rceil langle rangle triangle angle".split())))
 CHARACTERS = str.maketrans(CHARACTERS | {"⁄": "/", "∶": ":", "Ø": "∅"})
 DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ₀₁₂₃₄₅₆₇₈₉ₙ", "0123456789+-n0123456789n")
-
-
 CONDITION = re.compile(r"(?<![=<>≤≥≠≈])(?<![=<>≤≥≠≈] )& ?(?![=<>≤≥≠≈ ])|\\text")  # of a piecewise function
-
-
-def vulgar_fraction(character: str) -> str:
-    x = Fraction(unicodedata.numeric(character)).limit_denominator(10)
-    return rf"\frac{{{x.numerator}}}{{{x.denominator}}}"
-
-
 CLEANERS = [  # (what an answer must contain to be searched, pattern, replacement), in this order
     ("", "[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda m: f"^{{{m[0].translate(DIGITS)}}}"),
     ("", "[₀₁₂₃₄₅₆₇₈₉ₙ]+", lambda m: f"_{{{m[0].translate(DIGITS)}}}"),
-    ("", "[¼-¾⅐-⅞]", lambda m: vulgar_fraction(m[0])),
+    ("", "[¼-¾⅐-⅞]", lambda m: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", m[0]).split("⁄"))),
     ("", "[α-ορ-ω]", lambda m: "\\" + unicodedata.name(m[0]).split()[-1].lower().replace("lamda", "lambda") + " "),
     ("\\", r"\\(?:left|right) ?\.", " "),
     ("quad", r"(, ?|\\text ?\{[^{}]*\} ?|^ ?)?\\q?quad *(?=(\\text|\\mbox|and |or |,|\\q?quad|$)?)",
@@ -354,7 +340,25 @@ UNIT_LETTERS = set("ghlmsLNJWVKFCA")  # 5\text{ m} is a length, 5\text{ x} a pro
 RELATIONS = tuple("=<>≤≥≠≈≡∈")
 CLOSING = {"(": ")", "[": "]", r"\{": r"\}", "{": "}", r"\langle": r"\rangle", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
 UNORDERED, INTERVALS = ("", r"\{\}", "{}"), ("()", "[)", "(]", "[]")  # brackets of lists and sets, and of intervals
+X, BOUND = ("variable", "x"), ("variable", "bound")  # the unknown of an inequality; of {y : y > 3}, whatever its name
 INFIX = (r"\pmod", r"\bmod", r"\choose", r"\over")  # commands that no factor begins with
+UNIT_NAMES = {  # unit: its spellings, without a plural s
+    "%": "percent percentage pct", "$": "dollar usd buck", "€": "euro", "¢": "cent", "°": "degree deg", "cm": "centimeter "
+    "centimetre", "mm": "millimeter millimetre", "m": "meter metre", "km": "kilometer kilometre", "in": "inche inch",
+    "ft": "foot feet", "yd": "yard", "mi": "mile", "g": "gram", "kg": "kilogram", "mg": "milligram", "l": "liter litre",
+    "ml": "milliliter", "oz": "ounce", "pound": "lb", "hour": "hr h", "minute": "min", "second": "sec s", "square": "sq",
+    "person": "people", "man": "men", "woman": "women", "child": "children",
+    "gallon": "gal", "cubic": "cu", "mi / hour": "mph", "yen": "¥",
+}  # fmt: skip
+UNIT_NAMES = {spelling: unit for unit, spellings in UNIT_NAMES.items() for spelling in spellings.split()}
+SMALL_NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+# A text behind a number that changes its value is no unit: 5\text{ million}, 2\text{ pi}, 5\text{ or more}.
+NO_UNIT = set(
+    "and or not more less fewer than above below least most over under base remainder pi hundred thousand million "
+    "billion trillion quadrillion dozen score ten half halves third quarter fourth fifth sixth seventh eighth ninth tenth "
+    "eleventh twelfth hundredth thousandth millionth squared cubed factorial choose times plus minus negative if for where "
+    "when with is are to maybe except root divided halved doubled tripled bn mn mil mln grand by until through".split()
+)
 TOKEN = re.compile(
     r"""(?P<blank>[ ]+)
     |(?P<repeating>[0-9]*\.[0-9]*\\(?:overline|dot)[ ]?(?:\{[0-9]+\}|[0-9])|[0-9]*\.\([0-9]+\)|[0-9]*\.[0-9]+[ ]?\.\.\.)
@@ -388,17 +392,6 @@ def repeating_decimal(text: str) -> Fraction:
     return (int(whole + fixed or "0") + Fraction(int(period), 10 ** len(period) - 1)) / 10 ** len(fixed)
 
 
-UNIT_NAMES = {  # unit: its spellings, without a plural s
-    "%": "percent percentage pct", "$": "dollar usd buck", "€": "euro", "¢": "cent", "°": "degree deg", "cm": "centimeter "
-    "centimetre", "mm": "millimeter millimetre", "m": "meter metre", "km": "kilometer kilometre", "in": "inche inch",
-    "ft": "foot feet", "yd": "yard", "mi": "mile", "g": "gram", "kg": "kilogram", "mg": "milligram", "l": "liter litre",
-    "ml": "milliliter", "oz": "ounce", "pound": "lb", "hour": "hr h", "minute": "min", "second": "sec s", "square": "sq",
-    "person": "people", "man": "men", "woman": "women", "child": "children",
-    "gallon": "gal", "cubic": "cu", "mi / hour": "mph", "yen": "¥",
-}  # fmt: skip
-UNIT_NAMES = {spelling: unit for unit, spellings in UNIT_NAMES.items() for spelling in spellings.split()}
-
-
 def tokenize(answer: str) -> list[tuple[str, object, bool]]:
     """(kind, value, after a blank?) for each token; the kinds are number, value, variable, text, and symbol for the rest."""
     tokens, depth, blank = [], 0, False
@@ -426,25 +419,24 @@ def tokenize(answer: str) -> list[tuple[str, object, bool]]:
         elif kind in ("text", "word"):
             words = match["text"].strip() if kind == "text" else token
             formula = kind == "text" and re.fullmatch(r"[^a-zA-Z\\]*[a-zA-Z]?[^a-zA-Z\\]*", words)  # \text{(A)}, \text{5}
-            raised = len(words) <= 3 and answer[match.end() :][:1] in ("^", "_") and words not in FUNCTIONS  # xee^{x}
+            following = answer[match.end() :][:1]
+            raised = len(words) <= 3 and following in ("^", "_") and words not in FUNCTIONS  # xee^{x}
+            seconds = words in ("min", "sec") and (measured or last[0] == "text") and following not in ("(", "{")
             glued = not blank and (measured or last[0] == "variable") and len(words) <= 4 and words not in UNIT_NAMES  # 2abx
+            unit = per or (measured and words in SHORT_UNITS) or (last[0] == "text" and len(words) > 1)
             if words.strip(" ,") in ("and", "or"):
                 tokens.append(("symbol", words.strip(" ,"), blank))
-            elif words in ("min", "sec") and (measured or last[0] == "text") and answer[match.end() :][:1] not in ("(", "{"):
-                tokens.append(("text", words, blank))
-            elif words in FUNCTIONS or words in PLAIN_WORDS:
+            elif (words in FUNCTIONS and not seconds) or words in PLAIN_WORDS:
                 tokens.append(("symbol", PLAIN_WORDS.get(words, "\\" + words), blank))
             elif kind == "text" and "," in words:
                 tokens += tokenize(",".join(rf"\text{{{word}}}" for word in words.split(",")))
-            elif formula and not (measured and words.partition("^")[0] in UNIT_LETTERS):
-                tokens += tokenize(words)
-            elif kind == "text" and not tokens and words[:1].isdigit():  # \text{15 apples}
+            elif (formula and not (measured and words.partition("^")[0] in UNIT_LETTERS)) or (
+                kind == "text" and not tokens and words[:1].isdigit()  # \text{15 apples}
+            ):
                 tokens += tokenize(words)
             elif re.fullmatch("d[xyzt]|[HT]{2,}|[A-Z]{3,}", words):  # THH is a name, and no product
                 tokens.append(("variable", words, blank))
-            elif kind == "word" and (is_product(words) or raised or glued) and not (
-                per or (measured and words in SHORT_UNITS) or (last[0] == "text" and len(words) > 1)
-            ):
+            elif kind == "word" and (is_product(words) or raised or glued) and not unit:
                 tokens += [("variable", letter, blank and i == 0) for i, letter in enumerate(words)]
             elif words:
                 tokens.append(("text", words, blank))
@@ -524,12 +516,6 @@ def is_proper(fraction) -> bool:
     return kind_of(fraction) == "/" and type(fraction[1]) is type(fraction[2]) is int and 0 < fraction[1] < fraction[2]
 
 
-def mixed(whole: int, fraction):
-    if not is_proper(fraction):
-        raise Unparsed("not a mixed number")
-    return whole + Fraction(fraction[1], fraction[2])
-
-
 def matrix(rows):
     return ("matrix", len(rows[0]), *(cell for row in rows for cell in row))
 
@@ -548,7 +534,6 @@ def plus(*terms):
 
 
 def times(x, y):
-    """The product; of matrices and a number, or two matrices, the matrix."""
     rows_x, rows_y = rows_of(x), rows_of(y)
     if rows_x and rows_y:
         if len(rows_x[0]) != len(rows_y) or len(rows_x) * len(rows_y[0]) * len(rows_y) > MAX_ITEMS:
@@ -568,16 +553,6 @@ def determinant(rows):
         return rows[0][0]
     minors = ([row[:j] + row[j + 1 :] for row in rows[1:]] for j in range(len(rows)))
     return plus(*(times((-1) ** j, times(rows[0][j], determinant(minor))) for j, minor in enumerate(minors)))
-
-
-SMALL_NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-# A text behind a number that changes its value is no unit: 5\text{ million}, 2\text{ pi}, 5\text{ or more}.
-NO_UNIT = set(
-    "and or not more less fewer than above below least most over under base remainder pi hundred thousand million "
-    "billion trillion quadrillion dozen score ten half halves third quarter fourth fifth sixth seventh eighth ninth tenth "
-    "eleventh twelfth hundredth thousandth millionth squared cubed factorial choose times plus minus negative if for where "
-    "when with is are to maybe except root divided halved doubled tripled bn mn mil mln grand by until through".split()
-)
 
 
 def canonical_unit(words: list[str]) -> str:
@@ -620,11 +595,9 @@ class Parser:
         return kind == "symbol" and value in symbols
 
     def accept(self, *symbols: str) -> str | None:
-        kind, value, _ = self.tokens[self.i]
-        if kind == "symbol" and value in symbols:
-            self.i += 1
-            return value
-        return None
+        found = self.sees(*symbols)
+        self.i += found
+        return self.peek(-1)[1] if found else None
 
     def expect(self, *symbols: str) -> str:
         if found := self.accept(*symbols):
@@ -764,21 +737,25 @@ class Parser:
             elif self.sees("/", "÷") and self.peek(1)[0] != "text":
                 self.i += 1
                 node = ("/", node, self.signed())
-            elif self.peek()[0] == "number" and last[1] == ")" and self.peek(-3)[1] != "(":  # but (a) 3 (b) 1 has two parts
-                node = times(node, self.power())
-            elif self.peek()[0] == "number" and last[1] in ("!", "i", "π", "}" if self.peek(1)[1] == "^" else "!"):
+            elif self.peek()[0] == "number" and (
+                last[1] in ("!", "i", "π", "}" if self.peek(1)[1] == "^" else "!")
+                or (last[1] == ")" and self.peek(-3)[1] != "(")  # but (a) 3 (b) 1 has two parts
+            ):
                 node = times(node, self.power())
             elif self.peek()[0] == "number":
                 top, slash, bottom = self.peek(), self.peek(1)[1], self.peek(2)
                 if not (whole and top[2] and slash == "/" and bottom[0] == "number"):
                     raise Unparsed("two numbers side by side")
                 self.i += 3
-                node = mixed(node, ("/", to_number(top[1]), to_number(bottom[1])))
+                if not is_proper(fraction := ("/", to_number(top[1]), to_number(bottom[1]))):
+                    raise Unparsed("not a mixed number")
+                node += Fraction(*fraction[1:])
             elif self.starts_factor():
                 fraction, factor = self.sees(r"\frac") and last[0] == "number", self.power()
-                if fraction and is_proper(factor) and not whole:
+                fraction = fraction and is_proper(factor)
+                if fraction and not whole:
                     raise Unparsed("a mixed number, or a product?")
-                node = mixed(node, factor) if fraction and is_proper(factor) else times(node, factor)
+                node = node + Fraction(*factor[1:]) if fraction else times(node, factor)
             elif sign := self.accept("%", "°"):
                 if kind_of(node) == "variable" and self.starts_factor():
                     raise Unparsed("functions of functions")
@@ -800,27 +777,21 @@ class Parser:
     def power(self):
         node = self.atom()
         while symbol := self.accept("^", "!", "'"):
+            braces = int(self.sees("{"))
+            kind, word, _ = self.peek(braces)
             if symbol == "!":
                 node = ("fn", "!!" if self.accept("!") else "!", node)
             elif symbol == "'":
                 node = ("'", node)
-            elif self.peek()[0] == "text" or (self.sees("{") and self.peek(1)[0] == "text"):  # 5^{\text{th}}
-                braces = self.accept("{")
-                node = ("unit", node, canonical_unit([self.peek()[1]]))
-                self.i += 1
+            elif kind == "text" or (rows_of(node) and word in ("T", r"\top")):  # 5^{\text{th}}, the transpose of a matrix
+                node = ("unit", node, canonical_unit([word])) if kind == "text" else matrix(list(zip(*rows_of(node))))
+                self.i += braces + 1
                 braces and self.expect("}")
-            elif rows_of(node) and self.transposed():
-                self.i += 3 if self.sees("{") else 1
-                node = matrix([list(column) for column in zip(*rows_of(node))])
             else:
                 node = ("^", node, self.argument(whole=True))
                 if self.sees("^"):
                     raise Unparsed("a power of a power")
         return node
-
-    def transposed(self) -> bool:
-        ahead = [self.peek(k)[1] for k in range(3)]
-        return ahead[0] in ("T", r"\top") or (ahead[0] == "{" and ahead[1] in ("T", r"\top") and ahead[2] == "}")
 
     def argument(self, whole: bool = False):
         r"""Of \frac, \sqrt, ^: a group in braces, or one token; of a number without braces TeX takes one digit."""
@@ -1022,7 +993,6 @@ def points(names: set, literals: set = frozenset()):
 
 
 def inexact(x):
-    """int and Fraction -> mpf."""
     return mp.mpf(x.numerator) / x.denominator if exact(x) else x
 
 
@@ -1043,17 +1013,12 @@ def limited(bits: int, *values) -> list:
 
 def checked(x, point: Point):
     """A new value, if it may be used: a number, real where it has to be, and not too large to compute on with."""
-    if type(x) is Fraction and x.denominator == 1:
-        x = x.numerator
-    if not exact(x):
-        if mp.isnan(x):
-            raise Undefined
-        if isinstance(x, mp.mpc):
-            if x.imag != 0 and point.real:
-                raise Undefined
-            x = x.real if x.imag == 0 else x
-        if mp.isinf(x):
-            return x
+    if exact(x):
+        x = simple(x)
+    elif mp.isnan(x) or (x.imag != 0 and point.real):
+        raise Undefined
+    elif mp.isinf(x := x.real if x.imag == 0 else x):
+        return x
     if size(x) > (MAX_BITS if exact(x) else 10**9):
         raise Unparsed("too large")
     return x
@@ -1104,10 +1069,8 @@ def root(point, n, x):
 def factorial(point, n, step: int = 1):
     if isinstance(n, int) and 0 <= n <= 5000:
         return math.prod(range(n, 0, -step))
-    if isinstance(n, int) or step > 1:
+    if isinstance(n, (int, mp.mpc)) or step > 1:
         raise Unparsed("too large") if isinstance(n, int) and n > 0 else Undefined
-    if isinstance(n, mp.mpc):
-        raise Undefined
     return mp.gamma(limited(12, n)[0] + 1)
 
 
@@ -1121,26 +1084,22 @@ def floor(point, x):
     return math.floor(x) if exact(x) else int(mp.floor(*limited(3000, x)))
 
 
-def integers(operation):
-    def of_integers(point, *values):
-        if not all(isinstance(x, int) for x in values):
-            raise Unparsed("not of integers")
-        return operation(*values)
-
-    return of_integers
+def integer(x) -> int:
+    if not isinstance(x, int):
+        raise Unparsed("not of integers")
+    return x
 
 
 OPERATIONS = {  # name -> function of a point and of the values
     "+": add, "*": multiply, "/": divide, "^": power, "root": root, "abs": lambda point, x: abs(x), "!": factorial,
     "!!": lambda point, n: factorial(point, n, 2), "binom": binomial, r"\lfloor": floor,
-    r"\lceil": lambda point, x: -floor(point, -x), "gcd": integers(math.gcd), "lcm": integers(math.lcm),
-    "mod": integers(operator.mod), "min": lambda point, *values: min(values, key=inexact),
-    "max": lambda point, *values: max(values, key=inexact),
+    r"\lceil": lambda point, x: -floor(point, -x), "gcd": lambda point, *values: math.gcd(*map(integer, values)),
+    "lcm": lambda point, *values: math.lcm(*map(integer, values)), "mod": lambda point, x, y: integer(x) % integer(y),
+    "min": lambda point, *values: min(values, key=inexact), "max": lambda point, *values: max(values, key=inexact),
 }  # fmt: skip
 
 
 def function(name: str, point: Point, x):
-    """sin, ln, ... of mpmath's."""
     (x,) = limited(200, x)
     if name == "cis":
         return mp.expj(x)
@@ -1309,7 +1268,6 @@ def proportional(a, b, positive: bool = False) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------ answers
-
 
 MONTHS = "january february march april may june july august september october november december".split()
 SYNONYMS = {
@@ -1500,11 +1458,6 @@ def matched(items_a, items_b) -> bool:
     return True
 
 
-def base_name(named):
-    """The name without its index: x_1 = 2, x_2 = 3 are two values of x."""
-    return named[1][1] if named[1][0] == "call" and named[1][1].endswith("_") else named[1]
-
-
 def shared_name(node):
     """The x of "x = 1, 2"."""
     first, *rest = node[2:] if is_list(node, "") else (node,)
@@ -1531,7 +1484,8 @@ def same_list(a, b) -> bool:
     for x, y in ((a, b), (b, a)):
         named = [kind_of(item) == "named" for item in children(y)] if kind_of(y) == "seq" else []
         if is_list(x, "") and named and all(kind_of(item) == "named" for item in x[2:]):
-            names = {base_name(item) for item in x[2:]}
+            names = [item[1] for item in x[2:]]
+            names = {n[1] if n[0] == "call" and n[1][-1] == "_" else n for n in names}  # x_1 = 2, x_2 = 3 are values of x
             if 1 < len(names) == len(x) - 2 and not any(named):
                 if y[1] not in ("", "()"):
                     return False
@@ -1553,24 +1507,13 @@ def same_list(a, b) -> bool:
     return len(items_a) == len(items_b) and matched(items_a, items_b)
 
 
-def is_interval(node) -> bool:
-    return kind_of(node) == "seq" and len(node) == 4 and node[1] in INTERVALS[1:]
-
-
-X, BOUND = ("variable", "x"), ("variable", "bound")  # the unknown of an inequality; of {y : y > 3}, whatever its name
-
-
-def is_absolute(node) -> bool:
-    return kind_of(node) == "fn" and node[1] == "abs" and X in walk(node)
-
-
 def roots(left, right, name) -> list:
     """Where left = right, both linear in the name, or in absolute values, of which either sign may be right."""
     if {left, right} & {("constant", "∞"), ("*", -1, ("constant", "∞"))}:
         return []
     gaps = [substitute(difference(left, right), name, X)]
-    while absolute := next((n for gap in gaps for n in walk(gap) if is_absolute(n)), None):
-        gaps = [substitute(gap, absolute, times(sign, absolute[2])) for gap in gaps for sign in (1, -1)]
+    while absolute := [n for gap in gaps for n in walk(gap) if kind_of(n) == "fn" and n[1] == "abs" and X in walk(n)]:
+        gaps = [substitute(gap, absolute[0], times(sign, absolute[0][2])) for gap in gaps for sign in (1, -1)]
         if len(gaps) > 8:
             raise Undefined
     found = []
@@ -1585,66 +1528,50 @@ def roots(left, right, name) -> list:
     return found
 
 
-def real(node):
-    """The value of an end of an interval. Raises Undefined if it is not a real number."""
-    try:
-        return inexact(value(node, Point()))
-    except Unparsed:
-        raise Undefined from None
-
-
-def boundary(node, about: dict) -> list:
-    """The ends of the intervals of a set of real numbers (maybe some more points); says which name and unit it is about.
-
-    Raises Undefined if it is no such set: inequalities must be linear in one variable, or in absolute values of it."""
-    kind = kind_of(node)
-    if kind == "named":
-        about.setdefault("name", set()).add(node[1])
-        return boundary(node[2], about)
-    if kind in ("∪", "∩", "∖", "ℝ"):
-        return [x for child in node[1:] for x in boundary(child, about)]
-    found = names_in(node)
-    interval = kind == "seq" and len(node) == 4 and node[1] in INTERVALS
-    if not (is_list(node) or interval or (kind == "order" and len(found) == 1)):
-        raise Undefined
-    sides = [split_unit(child) for child in children(node)]
-    about.setdefault("unit", set()).update(unit for _, unit in sides if unit)
-    if kind == "seq":
-        ends = [real(side) for side, _ in sides]
-        if interval:
-            empty = not (ends[0] < ends[1] or (ends[0] == ends[1] and node[1] == "[]"))
-            if empty or any(mp.isinf(x) and bracket in "[]" for x, bracket in zip(ends, node[1])):  # (2,2) is a point
-                raise Undefined
-        return ends
-    about.setdefault("name", set()).update(found - {BOUND})
-    return [x for (left, _), (right, _) in zip(sides, sides[1:]) for x in roots(left, right, *found)]
-
-
 def in_order(x, sign: str, y) -> bool:
     if close(x, y, mp.dps // 2):
         return sign in "≤≥"
     return sign == "≠" or (x < y) == (sign in "<≤")
 
 
-def holds(node, x) -> bool:
-    """Is the real number x in the set?"""
+def real_set(node, about: dict):
+    """Of a set of real numbers the ends of its intervals (maybe some more points), and a function: is a number in it?
+
+    Says which names and units it is about. Raises Undefined if it is no such set: inequalities must be linear in one
+    variable, or in absolute values of it."""
     kind = kind_of(node)
     if kind == "named":
-        return holds(node[2], x)
-    if kind in ("∪", "∩", "∖"):
-        inside = [holds(child, x) for child in node[1:]]
-        return any(inside) if kind == "∪" else inside[0] and all(y == (kind == "∩") for y in inside[1:])
-    if kind == "ℝ":
-        return True
-    sides = [split_unit(child)[0] for child in children(node)]
-    if is_list(node):
-        return any(close(real(side), x, mp.dps // 2) for side in sides)
-    if kind == "seq":
-        low, high = ("≤" if bracket in "[]" else "<" for bracket in node[1])
-        return in_order(real(sides[0]), low, x) and in_order(x, high, real(sides[1]))
-    (name,) = names_in(node)
-    values = [inexact(value(substitute(side, name, X), Point({X: x}))) for side in sides]
-    return all(map(in_order, values, node[2::2], values[1:]))
+        about["name"].add(node[1])
+        return real_set(node[2], about)
+    if kind in ("∪", "∩", "∖", "ℝ"):
+        parts = [real_set(child, about) for child in node[1:]]
+        decide = {"∪": any, "∖": lambda inside: inside[0] and not any(inside[1:])}.get(kind, all)  # of ℝ there are no parts
+        return [x for ends, _ in parts for x in ends], lambda x: decide([holds(x) for _, holds in parts])
+    found, interval = names_in(node), is_list(node, *INTERVALS) and len(node) == 4
+    if not (is_list(node) or interval or (kind == "order" and len(found) == 1)):
+        raise Undefined
+    sides, units = zip(*map(split_unit, children(node))) if children(node) else ((), ())
+    about["unit"].update(filter(None, units))
+    if kind == "order":
+        about["name"].update(found - {BOUND})
+        ends = [x for left, right in zip(sides, sides[1:]) for x in roots(left, right, *found)]
+
+        def holds(x):
+            values = [inexact(value(substitute(side, *found, X), Point({X: x}))) for side in sides]
+            return all(map(in_order, values, node[2::2], values[1:]))
+
+        return ends, holds
+    try:
+        ends = [inexact(value(side, Point())) for side in sides]
+    except Unparsed:
+        raise Undefined from None
+    if not interval:
+        return ends, lambda x: any(close(end, x, mp.dps // 2) for end in ends)
+    empty = not (ends[0] < ends[1] or (ends[0] == ends[1] and node[1] == "[]"))
+    if empty or any(mp.isinf(x) and bracket in "[]" for x, bracket in zip(ends, node[1])):  # (2,2) is a point
+        raise Undefined
+    low, high = ("≤" if bracket in "[]" else "<" for bracket in node[1])
+    return ends, lambda x: in_order(ends[0], low, x) and in_order(x, high, ends[1])
 
 
 def upward(order):
@@ -1672,21 +1599,20 @@ def same_parts(a, b) -> bool:
 
 def same_set(a, b) -> bool:
     """Intervals, unions and inequalities are equal if they agree at all of their ends and anywhere between them."""
-    about_a, about_b = {}, {}
+    about_a, about_b = ({"name": set(), "unit": set()} for _ in range(2))
     mp.dps = 2 * digits_needed(a, b)
     try:
-        ends = {inexact(x) for x in boundary(a, about_a) + boundary(b, about_b)}
+        (ends_a, in_a), (ends_b, in_b) = real_set(a, about_a), real_set(b, about_b)
     except Undefined:
         return same_parts(a, b)
-    for what in ("name", "unit"):
-        found_a, found_b = about_a.get(what, set()), about_b.get(what, set())
+    for found_a, found_b in zip(about_a.values(), about_b.values()):
         if max(len(found_a), len(found_b)) > 1:
             return same_parts(a, b)
         if found_a and found_b and found_a != found_b:
             return False
-    ends = sorted(x for x in ends if mp.isfinite(x))
+    ends = sorted(x for x in {*ends_a, *ends_b} if mp.isfinite(x))
     probes = [ends[0] - 1, *ends, *((x + y) / 2 for x, y in zip(ends, ends[1:])), ends[-1] + 1] if ends else [mp.mpf(0)]
-    return all(holds(a, x) == holds(b, x) for x in probes)
+    return all(in_a(x) == in_b(x) for x in probes)
 
 
 def same(a, b) -> bool:
@@ -1694,7 +1620,7 @@ def same(a, b) -> bool:
     if a == b:
         return True
     kinds = {kind_of(a), kind_of(b)}
-    if kinds & {"order", "∪", "∩", "∖", "ℝ"} or is_interval(a) or is_interval(b):
+    if kinds & {"order", "∪", "∩", "∖", "ℝ"} or any(is_list(n, *INTERVALS[1:]) and len(n) == 4 for n in (a, b)):
         return same_set(a, b)
     if (is_list(a) or is_list(b)) and not (kinds == {"seq"} and {a[1], b[1]} == {"{}", "()"}):
         return same_list(a, b)
@@ -1746,8 +1672,7 @@ def serve():
     except (ImportError, ValueError, OSError):
         resource = None
     nowhere = open(os.devnull, "w")
-    say = lambda byte: os.write(1, byte + struct.pack("d", time.process_time()))
-    say(b".")  # ready
+    os.write(1, b".")  # ready
     for line in sys.stdin.buffer:
         if resource:
             seconds = int(time.process_time() + TIME_LIMIT) + 1
@@ -1760,7 +1685,7 @@ def serve():
             os._exit(1)
         except Exception:  # Unparsed, Undefined, RecursionError; any other is a mistake of this file, and no match
             reply = b"?"
-        say(reply)
+        os.write(1, reply)
         faulthandler.cancel_dump_traceback_later()
 
 
@@ -1772,7 +1697,6 @@ class Worker:
         self.process, self.started, self.lock = None, False, threading.Lock()
 
     def ask(self, a: str, b: str) -> str:
-        """match, mismatch, unparsed or timed out"""
         with self.lock:
             for _ in range(2):
                 if self.process is None:
@@ -1794,22 +1718,19 @@ class Worker:
     def read(self, seconds: float) -> bytes:
         """One byte, b"" if the worker is dead or the time over. Its first byte says that it has started."""
         if not self.started:
-            self.started, self.spent = True, 0.0
+            self.started = True
             if self.read(STARTING_LIMIT) != b".":
                 return b""
         if hasattr(select, "poll"):
-            poll, end = select.poll(), time.monotonic() + min(20 * seconds, STARTING_LIMIT)
+            spent, poll, end = self.busy(), select.poll(), time.monotonic() + min(20 * seconds, STARTING_LIMIT)
             poll.register(self.process.stdout, select.POLLIN)
             ready = poll.poll(1000 * seconds)
             # where the processors are busy with others, the worker still has its share of their time to come
-            while not ready and self.busy() - self.spent < seconds and time.monotonic() < end:
+            while not ready and self.busy() - spent < seconds and time.monotonic() < end:
                 ready = poll.poll(50)
             if not ready:
                 return b""
-        reply = self.process.stdout.read(9)  # and the processor time that the worker has spent so far
-        if len(reply) == 9:
-            (self.spent,) = struct.unpack("d", reply[1:])
-        return reply[:1]
+        return self.process.stdout.read(1)
 
     def busy(self) -> float:
         """Processor time of the worker, where the system tells it (Linux)."""
