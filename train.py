@@ -77,7 +77,7 @@ class Options(TextOptions):
     orm: str = option("", "folder of an outcome reward model; empty: label and train one")
     completer: str = option("", "model that completes step prefixes for the labels; empty: the policy")
     # the reward: alpha * r + Correct - beta * log(pi / pi_ref)
-    alpha: float | None = option(None, "weight of the learned reward; default: 0.5")
+    alpha: float | None = option(None, "weight of the learned reward; default: 0.5, of delta 0.3")
     eta: float = option(0.5, "threshold of clip: steps that score above it get 0; of penalty the price of a step")
     beta: float = option(0.02, "weight of the KL penalty")
     # the rollout
@@ -166,7 +166,8 @@ for family in ("Qwen2", "Qwen2-Math", "Qwen2.5-Math"):
             **(dict(checkpoint_activations=True, slots=96) if size == "7B" else {}),  # see --plan
         )  # fmt: skip
 DEFAULT = "qwen2-1.5b-instruct"  # with CUDA
-ALPHA = 0.5  # at which the embedded world's prm is hacked within 20 iterations, delta slowly, clip and clip-delta not
+# At both the embedded world's prm is hacked within 20 iterations, clip and clip-delta are not; delta is not at the lower.
+ALPHA = dict.fromkeys(REWARDS, 0.5) | {"success": 0.0, "delta": 0.3}
 
 
 def reward_model_kind(reward: str) -> str:
@@ -248,7 +249,7 @@ def parse(argv: list[str] | None = None) -> tuple[Options, str]:
     elif options.workers < 0:
         raise UserError("--workers must be at least 0")
     if options.alpha is None:
-        options.alpha = ALPHA if options.reward != "success" else 0.0
+        options.alpha = ALPHA[options.reward]
     return options, f"preset: {preset or 'none'} ({why})"
 
 

@@ -81,9 +81,9 @@ def test_every_option_has_a_help_text():
     assert all(f.metadata.get("help") for f in train.Options.__dataclass_fields__.values())
 
 
-def test_alpha_has_one_default_for_every_learned_reward_and_is_overridden_by_hand():
+def test_alpha_has_one_default_for_every_learned_reward_but_delta_and_is_overridden_by_hand():
     for reward in train.REWARDS:
-        assert train.parse(["--preset", "toy", "--reward", reward])[0].alpha == (0.5 if reward != "success" else 0)
+        assert train.parse(["--preset", "toy", "--reward", reward])[0].alpha == {"success": 0, "delta": 0.3}.get(reward, 0.5)
     assert train.parse(["--preset", "toy", "--reward", "delta", "--alpha", "0.7"])[0].alpha == 0.7
 
 
