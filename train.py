@@ -166,7 +166,7 @@ for family in ("Qwen2", "Qwen2-Math", "Qwen2.5-Math"):
             **(dict(checkpoint_activations=True, slots=96) if size == "7B" else {}),  # see --plan
         )  # fmt: skip
 DEFAULT = "qwen2-1.5b-instruct"  # with CUDA
-# At both the embedded world's prm is hacked within 20 iterations, clip and clip-delta are not; delta is not at the lower.
+# At both the embedded world's prm is hacked within 20 iterations, clip and clip-delta are not, delta hardly at the lower.
 ALPHA = dict.fromkeys(REWARDS, 0.5) | {"success": 0.0, "delta": 0.3}
 
 
