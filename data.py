@@ -14,11 +14,8 @@ as easy as the first, and the answer is gathered from all of them.
                f00+2=02                                               ####06667      the last carry, then the digits
                ####02         the answer, in GSM8K's notation, then <eos>
 
-Several data sets make a mixture: `"mathinstruct=3,gsm8k=1"`. Training questions that an evaluation asks too are dropped.
-
-Left out: near duplicates in other words, answers that are checked by running code.
-
-Run `python data.py toy` (or sums, gsm8k, math, math-500, mathinstruct, FILE.jsonl) to see a few problems.
+Left out: weights of several sets, near duplicates, answers that are checked by running code. Needs grader.py beside
+it. Run `python data.py toy` (or sums, gsm8k, math, math-500, mathinstruct, FILE.jsonl) to see a few problems.
 """
 
 import json
@@ -31,41 +28,60 @@ import sys
 import time
 import zlib
 from bisect import bisect_left
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from itertools import accumulate, islice
 from pathlib import Path
 
+from grader import verdict
+
+# OpenMP's idle threads spin, which on a busy machine took ten times as long. It must be set before torch is imported,
+# so the scripts import this file first.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
+SEEDS = "[0, 4294967295]"
 
 
 class UserError(Exception):
-    """A mistake of the user's (a missing file, a wrong model): one sentence, and exit status 2 instead of a traceback."""
+    """A mistake of the user's, such as a missing file: one sentence and exit status 2, no traceback."""
 
 
-def option(default, help: str, **more):
-    """A field of an options dataclass, with its help text."""
-    return field(default=default, metadata={"help": help, **more})
+def option(default, help: str, within: str = "", **metadata):
+    """A field of an options dataclass: its help text and, of a number, the interval that holds it, such as "(0, 1]"."""
+    return field(default=default, metadata={"help": f"{help}; in {within}" if within else help, **metadata})
+
+
+class Options:
+    """Base of the scripts' options. Raises UserError for a number that is not within the interval of its help text."""
+
+    def __post_init__(self):
+        for f in fields(self):
+            x, (_, bracketed, interval) = getattr(self, f.name), f.metadata["help"].rpartition("; in ")
+            if not bracketed or x is None:
+                continue
+            low, high = map(float, interval[1:-1].split(","))
+            closed = x == low and interval[0] == "[" or x == high and interval[-1] == "]"
+            if not (low < x < high or closed):  # nan is in no interval
+                raise UserError(f"--{f.name.replace('_', '-')} {x}: must be a number in {interval}")
 
 
 @dataclass
-class TextOptions:
+class TextOptions(Options):
     """How text becomes prompts and steps; the scripts' options inherit it. A shell passes \\n as two characters."""
 
     prompt: str = option("Question: {question}\nAnswer:", "prompt where the tokenizer has no chat template")
     separator: str = option("\n", "what stands between two steps")
-    max_prompt_tokens: int = option(1024, "longest prompt that is accepted")
-    max_new_tokens: int = option(512, "longest answer; a longer one is truncated, and wrong")
+    max_prompt_tokens: int = option(1024, "longest prompt that is accepted", "[1, inf)")
+    max_new_tokens: int = option(512, "longest answer; a longer one is truncated, and wrong", "[1, inf)")
 
     def __post_init__(self):
+        super().__post_init__()
         self.prompt, self.separator = (x.replace("\\n", "\n") for x in (self.prompt, self.separator))
         if "{question}" not in self.prompt:
             raise UserError("--prompt must say where the {question} goes")
         if not self.separator:
             raise UserError("--separator must not be empty: every character would be a step")
-        if min(self.max_prompt_tokens, self.max_new_tokens) < 1:
-            raise UserError("--max-prompt-tokens and --max-new-tokens must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -74,54 +90,47 @@ class Problem:
     answer: str  # the gold answer, or a reference solution that ends in it
     subject: str = ""  # where the data set says so, as MATH does
     level: str = ""
-    source: str = ""  # the data set that it is from, in a mixture
+    source: str = ""  # the data set that it is from
 
 
 # ------------------------------------------------------------------------------------------------ the embedded worlds
 
 
-def chain_question(rng: random.Random) -> str:
-    value = rng.randrange(100)
-    letters = "bcdefg"[: rng.randint(3, 6)]
-    return f"{value:02d}" + "".join(letter + rng.choice("+-*") + str(rng.randint(2, 9)) for letter in letters) + "="
+class Toy:
+    pattern = re.compile(r"\d\d(?:[b-g][-+*]\d)+=")  # of a question
+    chars = "0123456789bcdefg+-*=\n"  # the tokens, beside ####
+
+    def question(self, rng: random.Random) -> str:
+        value, letters = rng.randrange(100), "bcdefg"[: rng.randint(3, 6)]
+        return f"{value:02d}" + "".join(letter + rng.choice("+-*") + str(rng.randint(2, 9)) for letter in letters) + "="
+
+    def lines(self, question: str) -> list[str]:
+        lines, value = [], int(question[:2])
+        for letter, op, x in re.findall(r"([b-g])([-+*])(\d)", question):
+            result = {"+": value + int(x), "-": value - int(x), "*": value * int(x)}[op] % 100
+            lines.append(f"{letter}{value:02d}{op}{x}={result:02d}")
+            value = result
+        return lines + [f"####{value:02d}"]
 
 
-def chain_lines(question: str) -> list[str]:
-    lines, value = [], int(question[:2])
-    for letter, op, operand in re.findall(r"([b-g])([-+*])(\d)", question):
-        x = int(operand)
-        result = (value + x if op == "+" else value - x if op == "-" else value * x) % 100
-        lines.append(f"{letter}{value:02d}{op}{operand}={result:02d}")
-        value = result
-    return lines + [f"####{value:02d}"]
+class Sums:
+    pattern = re.compile(r"(?:[b-h]\d\d)+=")
+    chars = "0123456789bcdefgh+=\n"
+
+    def question(self, rng: random.Random) -> str:
+        letters = "bcdefgh"[: rng.randint(4, 7)]
+        return "".join(f"{letter}{rng.randrange(10)}{rng.randrange(10)}" for letter in letters) + "="
+
+    def lines(self, question: str) -> list[str]:
+        lines, digits, carry = [], "", 0
+        for letter, x, y in reversed(re.findall(r"([b-h])(\d)(\d)", question)):
+            total = int(x) + int(y) + carry
+            lines.append(f"{letter}{x}+{y}+{carry}={total:02d}")
+            carry, digits = total // 10, f"{total % 10}{digits}"
+        return lines + [f"####{carry}{digits}"]
 
 
-def sum_question(rng: random.Random) -> str:
-    letters = "bcdefgh"[: rng.randint(4, 7)]
-    return "".join(f"{letter}{rng.randrange(10)}{rng.randrange(10)}" for letter in letters) + "="
-
-
-def sum_lines(question: str) -> list[str]:
-    lines, digits, carry = [], "", 0
-    for letter, x, y in reversed(re.findall(r"([b-h])(\d)(\d)", question)):
-        total = int(x) + int(y) + carry
-        lines.append(f"{letter}{x}+{y}+{carry}={total:02d}")
-        carry, digits = total // 10, f"{total % 10}{digits}"
-    return lines + [f"####{carry}{digits}"]
-
-
-@dataclass(frozen=True)
-class World:
-    pattern: re.Pattern  # of a question
-    chars: str  # the tokens, beside ####
-    question: Callable[[random.Random], str]
-    lines: Callable[[str], list[str]]  # of a question: the one right line of each step, then the answer
-
-
-WORLDS = {
-    "toy": World(re.compile(r"\d\d(?:[b-g][-+*]\d)+="), "0123456789bcdefg+-*=\n", chain_question, chain_lines),
-    "sums": World(re.compile(r"(?:[b-h]\d\d)+="), "0123456789bcdefgh+=\n", sum_question, sum_lines),
-}
+WORLDS = {"toy": Toy(), "sums": Sums()}
 
 
 def is_toy(question: str) -> bool:
@@ -138,8 +147,8 @@ def toy_lines(question: str) -> list[str]:
 
 
 def toy_problems(split: str, n: int, seed: int = 0, world: str = "toy") -> list[Problem]:
-    """n distinct problems. A question belongs to "test" if its checksum is divisible by 8, else to "train": a test
-    problem is unseen by construction, whatever the seeds."""
+    """n distinct problems, in "test" if the checksum of the question is divisible by 8, else in "train": a test problem
+    is unseen by construction, whatever the seeds."""
     rng, problems = random.Random(f"{split}-{seed}"), {}
     while len(problems) < n:
         question = WORLDS[world].question(rng)
@@ -160,18 +169,16 @@ def toy_solution(question: str, rng: random.Random, repeat: float = 0.1, max_lin
     return "\n".join(out + [answer])
 
 
-def oracle(question: str, response: str) -> list[bool]:
-    """Exact process labels of the embedded worlds: step k is good if it and all steps before it are right lines of the
-    problem. A repeated right line is good: correct, and needless."""
-    right, ends = set(toy_lines(question)), split_steps(response, "\n")
-    lines = [response[start:end].strip("\n") for start, end in zip([0, *ends], ends)]
-    return [*accumulate((line in right for line in lines), min)]
-
-
-def oracle_at(question: str, response: str, cuts: list[int]) -> list[bool | None]:
-    """`oracle` of the steps that end at these characters; None where no line ends, for others may cut elsewhere."""
-    right = dict(zip(split_steps(response, "\n"), oracle(question, response)))
-    return [right.get(cut) for cut in cuts]
+def oracle(question: str, response: str, char_ends: list[int] | None = None) -> list[bool | None]:
+    """Exact process labels of the embedded worlds: a step is good if it and all before it are right lines, repeated or
+    not. char_ends: the steps to label, default all; None for one that ends within a line, as others may cut."""
+    finished = char_ends is None or char_ends[-1:] == [len(response)]  # else what follows the last line is of no step
+    lines = split_steps(response, "\n", finished)
+    right, good, labels = set(toy_lines(question)), True, {}
+    for step, end in zip(steps_of({"response": response, "char_ends": lines}), lines):
+        good = good and step.strip("\n") in right
+        labels[end] = good
+    return [labels.get(end) for end in (lines if char_ends is None else char_ends)]
 
 
 def toy_tokenizer(world: str = "toy"):
@@ -179,8 +186,7 @@ def toy_tokenizer(world: str = "toy"):
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    special = ["<pad>", "<eos>", "<unk>"]
-    vocab = {token: i for i, token in enumerate(special + ["####"] + list(WORLDS[world].chars))}
+    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", "####", *WORLDS[world].chars])}
     tok = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tok.pre_tokenizer = pre_tokenizers.Split(Regex(r"####|[\s\S]"), behavior="isolated")
     tok.decoder = decoders.Fuse()
@@ -190,213 +196,143 @@ def toy_tokenizer(world: str = "toy"):
 # ------------------------------------------------------------------------------------------------ data sets
 
 
-HUB = {  # name -> (hub name, configuration)
-    "gsm8k": ("openai/gsm8k", "main"),
-    "math": ("DigitalLearningGmbH/MATH-lighteval", None),
-    "math-500": ("HuggingFaceH4/MATH-500", None),
-    "mathinstruct": ("TIGER-Lab/MathInstruct", None),
+HUB = {  # name -> hub name, configuration, the split where there is but one
+    "gsm8k": ("openai/gsm8k", "main", ""), "math": ("DigitalLearningGmbH/MATH-lighteval", None, ""),
+    "math-500": ("HuggingFaceH4/MATH-500", None, "test"), "mathinstruct": ("TIGER-Lab/MathInstruct", None, "train"),
 }
-ONLY = {"math-500": "test", "mathinstruct": "train"}  # the only split that they have
 FIELDS = (("question", "answer"), ("problem", "answer"), ("problem", "solution"), ("instruction", "output"))
-
-
-def read_jsonl(path: Path):
-    """Yields ("FILE line 3", row) for each line that is not blank."""
-    with open(path, encoding="utf-8") as file:
-        try:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{path} line {number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} line {number}: not JSON ({error.msg})") from None
-        except RecursionError:
-            raise UserError(f"{path} line {number}: nested too deeply") from None
-        except UnicodeDecodeError:
-            raise UserError(f"{path}: not UTF-8 text") from None
-
-
-def read_array(path: Path):
-    """A .json file: one array, as MathInstruct has it, or in truth JSONL."""
-    with open(path, "rb") as file:
-        array = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-        try:
-            file.seek(0)
-            rows = json.load(file) if array else []
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not JSON ({error})") from None
-    if not array:
-        yield from read_jsonl(path)
-    yield from ((f"{path} row {i}", row) for i, row in enumerate(rows, 1))
 
 
 def load_hub(name: str, split: str):
     import datasets
 
-    path, config = HUB.get(name, (name, None))
-    if ONLY.get(name, split) != split:
+    path, config, only = HUB.get(name, (name, None, ""))
+    if only and only != split:
         raise UserError(f"{name} has no {split} split: choose another data set for that (in train.py by --eval-data)")
     try:
         return datasets.load_dataset(path, config, split=split)
     except Exception as error:  # the hub's client raises many kinds; all mean the same to the user
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         mend = "give a local copy instead: a .jsonl, .json or .parquet file, or a folder of them"
         raise UserError(f"cannot load the data set {path} ({reason}); {mend}") from None
 
 
+def read_json(text: str, where: str):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error})") from None
+
+
 def read_rows(name: str, split: str):
-    """Yields (where, row) of a JSONL, JSON or Parquet file, or of a split of a data set: a folder with the files of one, as
-    the hub keeps them, or a hub name. Raises UserError if there is none, or it cannot be read."""
+    """Yields (where, row) of a JSONL, JSON or Parquet file, or of a split of a data set: a folder with the files of
+    one, as the hub keeps them, or a hub name. Raises UserError if there is none, or it cannot be read."""
     path = Path(name)
     local = path.suffix in (".jsonl", ".json", ".parquet") or path.is_absolute() or name.startswith(".")
     if local and not path.exists():
         raise UserError(f"{name}: no such file")
-    if path.suffix == ".parquet":
+    if not path.is_file():
+        rows = load_hub(name, split)
+    elif path.suffix == ".parquet":
         from pyarrow import ArrowException, parquet  # which datasets needs
 
         try:
             rows = parquet.read_table(path).to_pylist()
         except ArrowException as error:
-            raise UserError(f"{name}: cannot be read as Parquet ({str(error).splitlines()[0]})") from None
-    elif path.is_file():
-        yield from read_array(path) if path.suffix == ".json" else read_jsonl(path)
-        return
+            raise UserError(f"{name}: cannot be read as Parquet ({error})".splitlines()[0]) from None
     else:
-        rows = load_hub(name, split)
+        try:
+            text = path.read_text("utf-8-sig")  # which may begin with a mark of its byte order
+        except UnicodeDecodeError:
+            raise UserError(f"{name}: not UTF-8 text") from None
+        if path.suffix == ".json" and text.lstrip().startswith("["):  # one array, as MathInstruct has it
+            rows = read_json(text, name)
+        else:
+            places = ((f"{name} line {number}", line) for number, line in enumerate(text.split("\n"), 1))
+            yield from ((where, read_json(line, where)) for where, line in places if line.strip())
+            return
     yield from ((f"{name} row {i}", row) for i, row in enumerate(rows, 1))
 
 
-def to_problem(row: dict, where: str) -> Problem:
+def to_problem(row, where: str) -> Problem:
     for q, a in FIELDS:
         if isinstance(row, dict) and q in row and a in row:
-            if isinstance(row[q], str) and isinstance(row[a], str | int | float) and row[q].strip() and str(row[a]).strip():
-                subject, level = row.get("type") or row.get("subject") or "", str(row.get("level") or "")
-                return Problem(row[q], str(row[a]), str(subject), level.removeprefix("Level "))
-            raise UserError(f"{where}: {q} and {a} must be text that is not empty")
+            question, answer = row[q], row[a]
+            text = isinstance(question, str) and isinstance(answer, str | int | float)
+            if not (text and question.strip() and str(answer).strip()):
+                raise UserError(f"{where}: {q} and {a} must be text that is not empty")
+            subject, level = str(row.get("type") or row.get("subject") or ""), str(row.get("level") or "")
+            return Problem(question, str(answer), subject, level.removeprefix("Level "))
     raise UserError(f"{where}: needs the fields (question, answer) or (problem, solution | answer)")
 
 
-def load_problems(name: str, split: str = "train", limit: int | None = None) -> list[Problem]:
-    """Problems by name: `toy`, `sums`, `gsm8k`, `math`, `math-500`, `mathinstruct`, or whatever `read_rows` reads, with the
-    fields (question, answer), (problem, answer | solution) or (instruction, output).
+def data_sets(names: str) -> list[str]:
+    """`"math,gsm8k"` -> ["math", "gsm8k"]. Raises UserError for an empty name."""
+    sets = [names] if Path(names).exists() else [name.strip() for name in names.split(",")]
+    if not all(sets):
+        raise UserError(f"{names!r}: every data set needs a name, as in math,gsm8k")
+    return sets
 
-    Raises UserError if there is no such file or data set, a row is malformed, or nothing is left."""
-    if name in WORLDS:
-        return toy_problems(split, limit or (20_000 if split == "train" else 1000), world=name)
-    # MathInstruct's "program of thought" half answers in Python, which nothing here runs.
-    program = lambda row: isinstance(row, dict) and str(row.get("source", "")).startswith("data/PoT")
-    found = (to_problem(row, where) for where, row in read_rows(name, split) if not program(row))
-    problems = [*islice(found, limit or None)]
-    if not problems:
-        raise UserError(f"{name}: holds no problems")
+
+def load_problems(names: str, split: str = "train", limit: int | None = None) -> list[Problem]:
+    """The problems of one or several sets (`data_sets`), at most `limit` of each: an embedded world's, or the rows that
+    `read_rows` finds, with two of FIELDS. Raises UserError for a set that is missing or empty, or a malformed row."""
+    problems = []
+    for name in data_sets(names):
+        if name in WORLDS:
+            found = toy_problems(split, limit or (20_000 if split == "train" else 1000), world=name)
+        else:
+            # MathInstruct's "program of thought" half answers in Python, which nothing here runs
+            program = lambda row: isinstance(row, dict) and str(row.get("source", "")).startswith("data/PoT")
+            rows = (to_problem(row, where) for where, row in read_rows(name, split) if not program(row))
+            found = [*islice(rows, limit or None)]
+        if not found:
+            raise UserError(f"{name}: holds no problems")
+        problems += [replace(p, source=name) for p in found]
     return problems
 
 
-def mixture(names: str) -> dict[str, float | None]:
-    """`"math=2,gsm8k"` -> {"math": 2.0, "gsm8k": None}. Raises UserError for a weight that is no positive number."""
-    if Path(names).exists():
-        return {names: None}
-    weights = {}
-    for part in names.split(","):
-        weighted = "=" in part and not Path(part).exists()
-        name, equals, weight = part.strip().rpartition("=") if weighted else (part.strip(), "", "")
-        try:
-            weights[name] = float(weight) if equals else None
-        except ValueError:
-            raise UserError(f"{names}: the weight {weight!r} is not a number; write NAME=WEIGHT,NAME=WEIGHT") from None
-        if not name or equals and not 0 < weights[name] < float("inf"):
-            raise UserError(f"{names}: every data set needs a name, and a weight, if it has one, above 0")
-    if None in weights.values() and any(weights.values()):
-        raise UserError(f"{names}: give every data set a weight, or none of them, who then count by their size")
-    return weights
-
-
-def load_mixture(names: str, split: str, limit: int | None = None) -> tuple[list[Problem], list[tuple[int, float]]]:
-    """The problems of one or several data sets, one after the other, at most `limit` of each; and of each data set how many
-    there are, and its weight: how many there are, where none was given."""
-    problems, sizes = [], []
-    for name, weight in mixture(names).items():
-        found = [replace(p, source=name) for p in load_problems(name, split, limit)]
-        problems += found
-        sizes.append((len(found), weight or len(found)))
-    return problems, sizes
-
-
-def deal(counts: list[int], places: int, weights: list[float]) -> list[int]:
-    """Places for each weight, in all, after `places` more: each goes to the weight that would be furthest behind without it,
-    so that the counts stay about as near to their shares as whole numbers can, and none ever shrinks."""
-    counts, total = [*counts], sum(weights)
-    for place in range(sum(counts) + 1, sum(counts) + places + 1):
-        counts[max(range(len(weights)), key=lambda i: weights[i] / total * place - counts[i])] += 1
-    return counts
-
-
-def draw(problems: list[Problem], sizes: list[tuple[int, float]], count: int, seed: int) -> list[Problem]:
-    """`count` random problems of a mixture, of each data set its share, as far as it has as many."""
-    rng, rest, out = random.Random(seed), iter(problems), []
-    for (n, _), share in zip(sizes, deal([0] * len(sizes), count, [weight for _, weight in sizes])):
-        out += rng.sample([*islice(rest, n)], min(share, n))
-    return rng.sample(out, len(out))
-
-
-def normalised(question: str) -> str:
-    """A question without case, spacing around signs, dollar signs, quotes, and stops and commas that are not within a
-    number: little enough that 2+3 and 2-3, 1.5 and 15, .5 and 5, 3 1/2 and 31/2 stay different questions."""
-    text = question.casefold().replace("\\dfrac", "\\frac")
-    text = re.sub(r"\\(?:left|right|displaystyle)(?![a-z])|\\[,;:! ]|(?<=\d),(?=\d{3}(?!\d))", "", text)
-    text = re.sub(r"""[$~?;:,"`‘’“”]|(?<![a-z)])'|'(?![\w(])|\.(?!\d)""", " ", text)
-    return re.sub(r"\s*([^\w\s.])\s*", r"\1", " ".join(text.split()))
-
-
-def drop_known(problems: list[Problem], known: list[Problem]) -> tuple[list[Problem], int, int]:
-    """Those whose question is not among the known ones; how many were dropped that are equal to the letter, and how many
-    more that are equal when `normalised`."""
-    exact, alike = {p.question for p in known}, {normalised(p.question) for p in known}
-    other = [p for p in problems if p.question not in exact]
-    kept = [p for p in other if normalised(p.question) not in alike]
-    return kept, len(problems) - len(other), len(other) - len(kept)
+def problems_key(problems: list[Problem]) -> int:
+    """A checksum of the questions and answers."""
+    return zlib.crc32(repr([(p.question, p.answer) for p in problems]).encode())
 
 
 # ------------------------------------------------------------------------------------------------ prompts and steps
 
 
 def encode_prompts(tokenizer, problems: list[Problem], template: str, max_tokens: int) -> list[list[int]]:
-    """Token ids of all prompts: by the tokenizer's chat template where it has one, else by the plain `template`. Raises
-    UserError if one is empty or longer than max_tokens: cutting a question silently would make it unanswerable."""
-    chat = bool(tokenizer.chat_template)
-    if chat:
+    """Token ids of all prompts, by the tokenizer's chat template if it has one, else by `template`. Raises UserError if
+    one is empty, or longer than max_tokens: cutting a question silently would make it unanswerable."""
+    texts = [template.replace("{question}", p.question) for p in problems]
+    if tokenizer.chat_template:
         system = {"role": "system", "content": SYSTEM}
         chats = [[system, {"role": "user", "content": p.question}] for p in problems]
         texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-    else:
-        texts = [template.replace("{question}", p.question) for p in problems]
-    prompts = tokenizer(texts, add_special_tokens=not chat)["input_ids"]  # all at once: a tenth of the time
-    longest = max(prompts, key=len)
-    if len(longest) > max_tokens:
-        raise UserError(
-            f"{sum(len(p) > max_tokens for p in prompts)} of {len(prompts)} prompts are longer than the limit of "
-            f"{max_tokens} tokens (the longest has {len(longest)}); raise --max-prompt-tokens or drop them"
-        )
+    prompts = tokenizer(texts, add_special_tokens=not tokenizer.chat_template)["input_ids"]  # at once: ten times faster
+    if too_long := [len(ids) for ids in prompts if len(ids) > max_tokens]:
+        what = f"{len(too_long)} of {len(prompts)} prompts have more than {max_tokens} tokens, up to {max(too_long)}"
+        raise UserError(f"{what}; raise --max-prompt-tokens, or drop them")
     if not all(prompts):
         raise UserError("a prompt has no tokens; give a --prompt template with some text")
     return prompts
 
 
 def split_steps(text: str, separator: str, finished: bool = True) -> list[int]:
-    """Character offsets at which the steps of a response end, each just behind its separator.
-
-    Pieces without text (a doubled separator) belong to the step before. What follows the last separator is a step only
-    if the response is finished: a truncated step is not complete and is not judged. `"a\\nb"` -> [2, 3]."""
-    ends, start = [], 0
+    """Characters at which the steps of a response end, each just behind its separator: `"a\\nb"` -> [2, 3]. A piece
+    without a letter or a digit (a blank line, `\\[`, a bracket) is no step, or a policy would be paid for punctuation:
+    it belongs to the step before, or, where there is none, to the one behind. What follows the last separator is a step
+    only if the response is finished: a truncated step is not complete and is not judged."""
+    char_ends, start = [], 0
     while start < len(text):
         cut = text.find(separator, start)
         end = len(text) if cut < 0 else cut + len(separator)
-        if text[start:end].removesuffix(separator).strip():
+        if any(map(str.isalnum, text[start:end].removesuffix(separator))):
             if cut >= 0 or finished:
-                ends.append(end)
-        elif ends:
-            ends[-1] = end
+                char_ends.append(end)
+        elif char_ends and (cut >= 0 or finished):
+            char_ends[-1] = end
         start = end
-    return ends
+    return char_ends
 
 
 def decode(tokenizer, ids: list[int]) -> str:
@@ -408,41 +344,60 @@ def token_text(tokenizer, i: int) -> str:
     return decode(tokenizer, [i])
 
 
-def token_ends(tokenizer, ids: list[int]) -> tuple[str, list[int]]:
-    """The text of the sampled ids, and for each token the number of characters up to its end.
-
-    Sampled ids need not be what the tokenizer would make of their text, so re-encoding cannot give the offsets."""
+def char_offsets(tokenizer, ids: list[int]) -> tuple[str, list[int]]:
+    """The text of the sampled ids, and for each token the number of characters up to its end. Sampled ids need not be
+    what the tokenizer would make of their text, so re-encoding cannot give it."""
     text = decode(tokenizer, ids)
     parts = [token_text(tokenizer, i) for i in ids]
     if "".join(parts) == text:
         return text, list(accumulate(map(len, parts)))
-    # Byte pieces of one character, or a tokenizer that drops a leading blank: decode prefixes. A prefix that ends inside a
-    # character decodes to one replacement character per byte, hence the running minimum from the end.
-    ends = [len(decode(tokenizer, ids[: t + 1])) for t in range(len(ids))]
-    return text, list(accumulate(reversed(ends), min))[::-1]
+    # Byte pieces of one character, or a tokenizer that drops a leading blank: decode prefixes. A prefix that ends
+    # inside a character decodes to one replacement character per byte, hence the running minimum from the end.
+    offsets = [len(decode(tokenizer, ids[: t + 1])) for t in range(len(ids))]
+    return text, list(accumulate(reversed(offsets), min))[::-1]
 
 
 def find_steps(tokenizer, ids: list[int], separator: str, truncated: bool) -> tuple[str, list[int], list[int]]:
-    """The text of a response, and of each of its K steps the end in characters and the index of its last token; both
-    strictly increasing.
+    """The text of a response, and of each of its K steps the end in characters (`char_ends`) and the index of its last
+    token (`token_ends`), the one that holds its last character; both strictly increasing. Tokens and steps need not
+    align: one token may end two steps, which then count as one. The last step of a finished response ends at EOS."""
+    text, offsets = char_offsets(tokenizer, ids)
+    end_at = {}  # last token of a step -> the character at which it ends
+    for end in split_steps(text, separator, finished=not truncated):
+        end_at[min(bisect_left(offsets, end), len(ids) - 1)] = end
+    token_ends = list(end_at)
+    if token_ends and not truncated:
+        token_ends[-1] = len(ids) - 1
+    return text, list(end_at.values()), token_ends
 
-    A step's last token is the one that holds its last character; tokens and steps need not align, so one token may end
-    two steps, which then count as one. The last step of a finished response ends at its last token (EOS)."""
-    text, ends = token_ends(tokenizer, ids)
-    cuts = split_steps(text, separator, finished=not truncated)
-    cut_at = {min(bisect_left(ends, cut), len(ids) - 1): cut for cut in cuts}  # by last token; of two steps the second's
-    steps = [*cut_at]
-    if steps and not truncated:
-        steps[-1] = len(ids) - 1
-    return text, [*cut_at.values()], steps
+
+def steps_of(row: dict) -> list[str]:
+    """The texts of an answer's steps, from its `response` and `char_ends`."""
+    return [row["response"][start:end] for start, end in zip([0, *row["char_ends"]], row["char_ends"])]
 
 
-def encode_steps(tokenizer, text: str, cuts: list[int], add_special_tokens: bool = False) -> tuple[list[int], list[int]]:
-    """A text in the ids of whatever tokenizer, and for each character offset in `cuts` the index of the token that holds
-    the character before it: tokenizers differ, characters do not."""
+def judge(tokenizer, problems: list[Problem], samples: list[list], separator: str) -> list[dict]:
+    """Grade the samples (rollout.Sample) of each problem: one row an answer, in order, with the verdict on its text,
+    where its steps end, and how many of them say exactly what an earlier one said."""
+    rows = []
+    for problem, group in zip(problems, samples):
+        for sample in group:
+            text, char_ends, token_ends = find_steps(tokenizer, sample.ids, separator, sample.truncated)
+            kind = "truncated" if sample.truncated else verdict(problem.answer, text).kind
+            row = {"question": problem.question, "response": text, "gold": problem.answer, "char_ends": char_ends}
+            row |= {"verdict": kind, "correct": kind == "match", "truncated": sample.truncated}
+            row |= {"steps": len(char_ends), "tokens": len(sample.ids)}
+            row["repeats"] = len(char_ends) - len({step.strip() for step in steps_of(row)})
+            rows.append(row | {"token_ends": token_ends, "ids": sample.ids})
+    return rows
+
+
+def encode_steps(tokenizer, text: str, char_ends: list[int], add_special_tokens=False) -> tuple[list[int], list[int]]:
+    """A text in the ids of whatever tokenizer, and for each of `char_ends` the index of the token that holds the
+    character before it: tokenizers differ, characters do not."""
     encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
     starts = [start for start, _ in encoded["offset_mapping"]]
-    return encoded["input_ids"], [max(bisect_left(starts, cut) - 1, 0) for cut in cuts]
+    return encoded["input_ids"], [max(bisect_left(starts, end) - 1, 0) for end in char_ends]
 
 
 # ------------------------------------------------------------------------------------------------ files and scripts
@@ -451,10 +406,7 @@ def encode_steps(tokenizer, text: str, cuts: list[int], add_special_tokens: bool
 def write(path: Path, text: str) -> None:
     """Beside and moved into place: whoever is killed here leaves the old file or the new one."""
     new = path.with_name(path.name + ".new")
-    with open(new, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    new.write_text(text, encoding="utf-8")
     os.replace(new, path)
 
 
@@ -465,17 +417,24 @@ def whole_lines(path: Path) -> list[str]:
 
 
 def append(path: Path, rows: list[dict]) -> None:
-    """All rows as lines of JSON, or none if the disk is full. Numbers that are not finite become null, which JSON knows."""
+    """The rows as lines of JSON, in which a number that is undefined (nan) is null."""
     clean = lambda x: None if isinstance(x, float) and not math.isfinite(x) else x
-    left = "".join(json.dumps({k: clean(v) for k, v in row.items()}) + "\n" for row in rows).encode()
-    with open(path, "ab", buffering=0) as file:
-        size = file.tell()
-        try:
-            while left:  # a full disk takes a part, and complains at the next
-                left = left[file.write(left) :]
-        except OSError:
-            file.truncate(size)
-            raise
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps({k: clean(v) for k, v in row.items()}) + "\n" for row in rows)
+
+
+def lock(path: Path, wait: bool = False):
+    """An open file that no other process can lock until it is closed, or this process ends, however that happens.
+    Raises UserError if another holds it, or waits for that one."""
+    import fcntl  # not on Windows
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise UserError(f"{path.resolve().parent} is in use by another process: wait, or choose another name") from None
+    return file
 
 
 def main():
@@ -484,21 +443,21 @@ def main():
 
 
 def run_script(main) -> None:
-    """Call a script's main(). A mistake of the user's, or a full disk, becomes one sentence on stderr and exit status 2;
-    Ctrl-C ends the process without a traceback."""
+    """Call main(). A user's mistake or a full disk is one sentence on stderr and status 2, Ctrl-C no traceback."""
+    script = Path(sys.argv[0]).name
     try:
         main()
         sys.stdout.flush()
-    except BrokenPipeError:  # of `| head`, which has seen enough: nothing to say, nor at the end about what is left unread
+    except BrokenPipeError:  # of `| head`, which has seen enough; nor a word about what is left in the buffer
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (UserError, OSError) as error:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(1)  # most mistakes are seen by all ranks: the first one has spoken, and torchrun stops us here
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
+            time.sleep(1)  # most mistakes are seen by all ranks: let the first one speak, and torchrun stop us here
+        print(f"{script}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\n{Path(sys.argv[0]).name}: stopped", file=sys.stderr, flush=True)
+        print(f"\n{script}: stopped", file=sys.stderr, flush=True)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # die of it, so that a shell's loop over runs ends as well
         os.kill(os.getpid(), signal.SIGINT)
 

@@ -13,22 +13,16 @@ model says 0.7. The return-to-go G_k is what PPO (gamma = 1) credits to writing 
     delta       0.1   0.5   0.3    0    0.9   s_k if k < K, 0 if k = K            < 1: later steps cancel out
     clip-delta   0    0.2  -0.2    0     0    min(s_k - eta, 0) if k < K, else 0  in [-eta, 0]
 
-Why prm is hacked: G_1 grows with K, so the policy repeats correct but needless steps. Under delta the return from step k
-on is the score of step k alone: bounded, yet not neutral, for s_k > 0 where answering at once (k = K) earns 0, and one
-more step is always worth up to alpha. Clip-delta closes that hole: its returns are never positive. The bound survives
-both: with c_k = min(s_k - eta, 0) in [-eta, 0], r_k = c_k - c_(k+1), r_(K-1) = c_(K-1), r_K = 0, all that follows step
-k telescopes to G_k = c_k for k < K and G_K = 0. So -eta <= G_k <= 0 whatever K is, and no step more ever pays.
-
-Four that are not among the paper's six, to compare with:
-
-    progress    0.9  -0.1  -0.5  -0.3   0    -s_(k-1)        potential-based (Ng, Harada, Russell 1999): only the past
-    min          0     0   -0.4    0   -0.4  min x, x = 2 s - 1: r_k = x_k softmax(-x / 0.1)_k      PURE, arXiv 2504.15275
-    normed      0.2   0.2   0.1   0.2   0.7  (s_k + ... + s_K) / K      the paper tried it, and found it insufficient
-    penalty     0.4   0.3  -0.2   0.1   0.6  sum of s_j - eta           each step costs eta, and one scored above pays
+Why prm is hacked: G_1 grows with K, so the policy repeats correct but needless steps. Under delta the return from step
+k on is the score of step k alone: bounded, yet not neutral, for s_k > 0 where answering at once (k = K) earns 0, and
+one more step is always worth up to alpha. Clip-delta closes that hole: its returns are never positive. The bound
+survives both: with c_k = min(s_k - eta, 0) in [-eta, 0], r_k = c_k - c_(k+1), r_(K-1) = c_(K-1), r_K = 0, all that
+follows step k telescopes to G_k = c_k for k < K and G_K = 0. So -eta <= G_k <= 0 whatever K is, and no step more ever
+pays.
 
 Left out: implicit rewards (log-likelihood ratios), rewards of several models at once.
 
-Nothing to run here: `python -m doctest rewards.py` checks the example, `python train.py --reward NAME` uses it.
+Needs torch alone. `python -m doctest rewards.py` checks the example, `python train.py --reward NAME` uses it.
 
 >>> s, mask = torch.tensor([[0.9, 0.8, 0.3, 0.6]]), torch.ones(1, 4, dtype=torch.bool)
 >>> for name in PROCESS + BASELINES:
@@ -64,13 +58,13 @@ def but_last(scores: Tensor, mask: Tensor) -> Tensor:
 
 
 def delta(scores: Tensor, mask: Tensor) -> Tensor:
-    """PR-Delta: r_k = s_k - s_(k+1) for k < K-1, s_(K-1) for k = K-1, 0 for k = K: with 0 for the last, one difference."""
+    """PR-Delta: r = s' - (s' one step later), where s' is s with s_K set to 0."""
     s = but_last(scores, mask)
     return s - F.pad(s, (0, 1))[:, 1:]
 
 
 def progress(scores: Tensor, mask: Tensor) -> Tensor:
-    """r_k = s_k - s_(k-1), where the potential is 0 before the first step and behind the last: G_k knows the past alone."""
+    """r = s' - (s' one step earlier): the potential is 0 before the first step and behind the last."""
     s = but_last(scores, mask)
     return s - F.pad(s, (1, 0))[:, :-1]
 
@@ -86,53 +80,60 @@ def refine(name: str, scores: Tensor, mask: Tensor, eta: float = 0.5) -> Tensor:
     """Refined process rewards r (B, K) from step scores s (B, K), for K from 0 up. Paper, section on PR-Clip, PR-Delta.
 
     mask (B, K) is true on the steps that a row has, which come first; r is 0 elsewhere. Raises ValueError for a name
-    that is no process reward."""
-    if name not in PROCESS + BASELINES:
-        raise ValueError(f"{name!r} is no process reward: choose one of {', '.join(PROCESS + BASELINES)}")
-    scores = scores.float().masked_fill(~mask, 0)  # float32: delta subtracts neighbours, and bf16 near 1 steps by 0.004
-    if "clip" in name:
-        scores = clip(scores, eta) * mask
-    if "delta" in name:
-        scores = delta(scores, mask)
-    if name == "progress":
-        return progress(scores, mask)
-    if name == "min":
-        return min_form(scores, mask)
-    if name == "normed":
-        return scores / mask.sum(1, keepdim=True).clamp(min=1)
-    if name == "penalty":
-        return (scores - eta) * mask
-    return scores
+    that is no process reward. The last four are not among the paper's six; the example of above:
+
+        progress    0.9  -0.1  -0.5  -0.3   0    -s_(k-1)        potential-based (Ng, Harada, Russell 1999)
+        min          0     0   -0.4    0   -0.4  min x, x = 2 s - 1: r_k = x_k softmax(-x / 0.1)_k  (arXiv 2504.15275)
+        normed      0.2   0.2   0.1   0.2   0.7  (s_k + ... + s_K) / K   the paper tried it, and found it insufficient
+        penalty     0.4   0.3  -0.2   0.1   0.6  sum of s_j - eta        a step costs eta; one scored above pays"""
+    s = scores.float().masked_fill(~mask, 0)  # float32: delta subtracts neighbours, and bf16 near 1 steps by 0.004
+    match name:
+        case "prm":
+            return s
+        case "clip":
+            return clip(s, eta) * mask
+        case "delta":
+            return delta(s, mask)
+        case "clip-delta":
+            return delta(clip(s, eta) * mask, mask)
+        case "progress":
+            return progress(s, mask)
+        case "min":
+            return min_form(s, mask)
+        case "normed":
+            return s / mask.sum(1, keepdim=True).clamp(min=1)
+        case "penalty":
+            return (s - eta) * mask
+    raise ValueError(f"{name!r} is no process reward: choose one of {', '.join(PROCESS + BASELINES)}")
 
 
 def token_rewards(
     logp: Tensor,
     ref_logp: Tensor,
-    mask: Tensor,
+    response_mask: Tensor,
     correct: Tensor,
     truncated: Tensor,
     *,
     beta: float,
     alpha: float = 0.0,
     outcome: Tensor | None = None,
-    refined: Tensor | None = None,
-    step_ends: Tensor | None = None,
-    step_mask: Tensor | None = None,
+    steps: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The reward of each response token (B, T): the paper's objective, laid out in time.
+    """The reward of each response token (B, T): the paper's objective, laid out in time. Every row has a token.
 
-    every response token        -beta * (logp - ref_logp)     logp, ref_logp, mask (B, T)
-    last token of step k        + alpha * r_k                 refined, step_ends, step_mask (B, K)
+    every response token        -beta * (logp - ref_logp)     logp, ref_logp, response_mask (B, T)
+    last token of step k        + alpha * r_k                 steps: r, token_ends and step_mask, all (B, K)
     last token of the response  + Correct + alpha * r_outcome correct, truncated, outcome (B,)
 
     A truncated response has not answered: neither Correct nor an outcome. Its complete steps keep their rewards."""
-    rewards = -beta * (logp - ref_logp) * mask  # (B, T)
+    rewards = -beta * (logp - ref_logp) * response_mask  # (B, T)
     final = correct.float()
     if outcome is not None:
         final = final + alpha * outcome.float()
-    last = (mask.sum(1) - 1)[:, None]  # (B, 1)
-    rewards.scatter_add_(1, last, (final * ~truncated)[:, None])
-    if refined is not None:
-        ends = step_ends.masked_fill(~step_mask, 0)  # a place that exists, and gets 0
-        rewards.scatter_add_(1, ends, alpha * refined * step_mask)
+    last = response_mask.sum(1) - 1  # (B,)
+    rewards.scatter_add_(1, last[:, None], (final * ~truncated)[:, None])
+    if steps is not None:
+        refined, token_ends, step_mask = steps
+        places = token_ends.masked_fill(~step_mask, 0)  # a place that exists, and gets 0
+        rewards.scatter_add_(1, places, alpha * refined * step_mask)
     return rewards

@@ -1,8 +1,8 @@
 """The handwritten KV-cached sampler: continuous batching over the slots of a preallocated cache.
 
     while there is work:
-        fill     prefill the prompts of new samples, packed in one forward; a prompt of several samples, or one that another
-                 begins with, is computed once and its keys and values are copied
+        fill     prefill the prompts of new samples, packed in one forward; a prompt of several samples, or one that
+                 another begins with, is computed once and its keys and values are copied
         step     one token for every live slot; on CUDA one captured graph per (slots, window), replayed
         retire   finished samples leave, the last live slots move into the gaps: live slots stay 0 .. B-1
 
@@ -11,12 +11,13 @@ sample j of a prompt depends on (that prompt's seed, j, t) alone, never on slots
 logits can change an answer.
 
 Tokens, lengths and noise live on the device, and a step reads nothing back. Whether a row is done is copied to the host
-every few steps and read one such copy later, so that the GPU never waits; a done row meanwhile decodes into its own slot
-and changes nothing.
+every few steps and read one such copy later, so that the GPU never waits; a done row meanwhile decodes into its own
+slot and changes nothing.
 
 Left out: beam search, repetition penalties, paged caches, what prompts share that are not one the beginning of another.
 
-Run `python eval.py --model DIR --data FILE.jsonl` to sample from a model, `python tests/bench_rollout.py` to time it.
+Needs model.py beside it, of which load_causal_lm loads what it samples from. Run `python eval.py --model DIR --data
+FILE.jsonl` to sample from a model, `python tests/bench_rollout.py` to time it.
 """
 
 from collections.abc import Callable
@@ -27,8 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import UserError
-from model import Decode, KVCache, Packed, all_reduce
+from model import Decode, KVCache, Packed, UserError, all_reduce, check_attention
 
 
 PREFILL = 32768  # prompt tokens in one forward, about: they need memory beside the cache
@@ -42,8 +42,19 @@ class Sample:
 
 
 @dataclass
+class MicroBatch:
+    """Rows of a batch end to end, as models read them. Without rows: one token, of which nothing is kept."""
+
+    rows: list[int]
+    packed: Packed
+    predict_at: Tensor  # (N,) indices of the tokens that predict a response token
+    targets: Tensor  # (N,) the response tokens
+
+
+@dataclass
 class Batch:
-    """B prompts, each with one response: what training and scoring read. Models see packed rows, `map` pads the result."""
+    """B prompts, each with one response: what training and scoring read. Models see packed rows; what they say of the
+    response tokens is laid out as (B, T) on the CPU."""
 
     prompts: list[list[int]]
     responses: list[list[int]]
@@ -52,53 +63,43 @@ class Batch:
     def __post_init__(self):
         lengths = torch.tensor([len(r) for r in self.responses])
         self.mask = torch.arange(max(lengths.tolist(), default=0)) < lengths[:, None]  # (B, T)
-        self.packs = {}
 
-    def pack(self, rows: list[int], device) -> tuple[Packed, Tensor, Tensor]:
-        """Rows laid end to end: the packed sequences, the indices (N,) of the tokens that predict a response token,
-        and the response tokens (N,). Made once, for all models and passes. No rows: a token of which nothing is kept."""
-        if tuple(rows) in self.packs:
-            return self.packs[tuple(rows)]
+    def size(self, row: int) -> int:
+        return len(self.prompts[row]) + len(self.responses[row])
+
+    def pack(self, rows: list[int], device) -> MicroBatch:
         sequences = [self.prompts[i] + self.responses[i] for i in rows]
         packed = Packed(sequences or [[0]], device, [len(self.prompts[i]) for i in rows] or [1])
-        spans = [
-            torch.arange(start + len(self.prompts[i]) - 1, start + length - 1)
-            for i, start, length in zip(rows, packed.starts, packed.lengths)
-        ]
-        keep = torch.cat(spans or [torch.empty(0, dtype=torch.long)]).to(device)
-        self.packs[tuple(rows)] = packed, keep, packed.ids[0, keep + 1]
-        return self.packs[tuple(rows)]
+        spans = [torch.empty(0, dtype=torch.long)]
+        for i, start in zip(rows, packed.starts):
+            spans.append(torch.arange(len(self.prompts[i]) - 1, self.size(i) - 1) + start)
+        predict_at = torch.cat(spans).to(device)
+        return MicroBatch(rows, packed, predict_at, packed.ids[0, predict_at + 1] if rows else predict_at)
 
-    def plan(self, rows: list[int], token_budget: int) -> list[list[int]]:
-        """Micro-batches of at most token_budget tokens (at least one sequence each). Sorted by length, so that equally
-        long sequences meet in one attention call."""
-        size = lambda i: len(self.prompts[i]) + len(self.responses[i])
-        micro, tokens = [], token_budget
-        for i in sorted(rows, key=size):
-            if tokens + size(i) > token_budget:
-                micro.append([])
-                tokens = 0
-            micro[-1].append(i)
-            tokens += size(i)
-        return micro
-
-    def plans(self, parts: list[list[int]], token_budget: int) -> list[list[list[int]]]:
-        """A plan for each part. Where a rank has fewer micro-batches than another, empty ones follow: all ranks must run as
-        many passes through a sharded model, or they would wait for each other for ever."""
-        plans = [self.plan(rows, token_budget) for rows in parts]
+    def micro_batches(self, parts: list[list[int]], token_budget: int, device) -> list[list[MicroBatch]]:
+        """Each part's rows as micro-batches of at most token_budget tokens (at least one sequence each), sorted by
+        length, so that equally long sequences meet in one attention call. Where a rank has fewer than another, empty
+        ones follow: all ranks must run as many passes through a sharded model, or they would wait for each other for
+        ever."""
+        plans = []
+        for part in parts:
+            plan, tokens = [], token_budget
+            for i in sorted(part, key=self.size):
+                if tokens + self.size(i) > token_budget:
+                    plan.append([])
+                    tokens = 0
+                plan[-1].append(i)
+                tokens += self.size(i)
+            plans.append(plan)
         counts = all_reduce(torch.tensor([len(plan) for plan in plans]), "max").tolist()
-        return [plan + [[]] * (count - len(plan)) for plan, count in zip(plans, counts)]
+        plans = [plan + [[]] * (count - len(plan)) for plan, count in zip(plans, counts)]
+        return [[self.pack(rows, device) for rows in plan] for plan in plans]
 
-    @torch.no_grad()  # not inference mode: what FSDP gathers there could not be trained with later
-    def map(self, fn, plan: list[list[int]], device) -> Tensor:
-        """fn(rows, packed, keep, targets) -> (N,) over the micro-batches of a plan, laid out as (B, T) on the CPU."""
-        out = torch.zeros(self.mask.shape)
-        for rows in plan:
-            values = fn(rows, *self.pack(rows, device)).float().cpu()
-            padded = torch.zeros(len(rows), out.shape[1])
-            padded[self.mask[rows]] = values
-            out[rows] = padded
-        return out
+    def lay_out(self, out: Tensor, rows: list[int], values: Tensor) -> None:
+        """Write the values (N,) of the response tokens of these rows into out (B, T)."""
+        padded = torch.zeros(len(rows), out.shape[1])
+        padded[self.mask[rows]] = values.float().cpu()
+        out[rows] = padded
 
 
 def uniforms(seeds: Tensor, steps: int) -> Tensor:
@@ -112,7 +113,7 @@ def uniforms(seeds: Tensor, steps: int) -> Tensor:
 
 
 def invert(p: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """The index (B,) at which the running sum of the weights p (B, M) passes u (B,) times their total, and how far into
+    """The index (B,) at which the running sum of the weights p (B, V) passes u (B,) times their total, and how far into
     that weight it does, in [0, 1]. An index of weight 0 spans an empty interval and is never returned."""
     cdf = p.double().cumsum(-1)  # float32 sums of 150,000 terms would starve the rare tokens
     total = cdf[:, -1:]
@@ -122,29 +123,29 @@ def invert(p: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     return index.squeeze(1), rest.clamp(0, 1).squeeze(1)
 
 
-def draw(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
-    """Next tokens (B,) from logits (B, V) by inverting the distribution function at u (B,); greedy at temperature 0."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    p = torch.softmax(logits if temperature == 1 else logits.float() / temperature, -1, dtype=torch.float32)
-    if top_p < 1:  # keep the smallest set of most likely tokens that holds top_p of the mass
-        ordered, order = p.sort(-1, descending=True)
-        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
-        p = torch.zeros_like(p).scatter(-1, order, ordered)
+def invert_in_blocks(p: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, first the block, then the index in it: float64 sums over a large vocabulary cost more than all the
+    rest."""
     V = p.shape[1]
-    if V <= 1024:
-        return invert(p, u)[0]
-    # first the block, then the token in it: float64 sums over a large vocabulary would cost more than all the rest
     size = next((n for n in (512, 256, 128, 64) if V % n == 0), 512)
     p = F.pad(p, (0, -V % size)).unflatten(1, (-1, size))  # (B, V / size, size)
     block, rest = invert(p.sum(-1), u)
     inside = p.take_along_dim(block[:, None, None], 1).squeeze(1)  # (B, size)
-    return block * size + invert(inside, rest)[0]
+    index, rest = invert(inside, rest)
+    return block * size + index, rest
+
+
+def sample_token(logits: Tensor, u: Tensor, temperature: float) -> Tensor:
+    """Next tokens (B,) from logits (B, V) by inverting the distribution function at u (B,); greedy at temperature 0."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p = torch.softmax(logits if temperature == 1 else logits.float() / temperature, -1, dtype=torch.float32)
+    return (invert if p.shape[1] <= 1024 else invert_in_blocks)(p, u)[0]
 
 
 def longest_of_each(prompts: list[list[int]], which) -> dict[int, int]:
-    """For each of these prompts one that begins with it, as long as there is: prefilling that one serves both. In the order
-    of a dictionary, who begins another prompt begins the next one."""
+    """For each of these prompts one that begins with it, as long as there is: prefilling that one serves both. In the
+    order of a dictionary, who begins another prompt begins the next one."""
     out, after = {}, None
     for i in sorted(which, key=lambda i: prompts[i], reverse=True):
         begins = after is not None and prompts[after][: len(prompts[i])] == prompts[i]
@@ -168,11 +169,13 @@ def forward(model, ids: Tensor, seqs: Packed | Decode, keep) -> Tensor:
 
 
 class Sampler:
-    """A causal LM with the cache, the state of the slots and the graphs. The weights may change between calls, in place.
+    """A causal LM with the cache, the state of the slots and the graphs. The weights may change between calls, in
+    place.
 
     The memory is taken at the first call and kept; a call that needs more takes more."""
 
     def __init__(self, model: nn.Module):
+        check_attention(model)
         self.model, self.device, self.shape = model, model.device, (0, 0, 0)
         cuda = self.device.type == "cuda"
         # these rotary embeddings look at the positions on the host, which a graph cannot
@@ -181,22 +184,23 @@ class Sampler:
         self.poll_every = 4 if cuda else 1  # steps between two looks at `done`
         self.lag = cuda  # act on the look before, whose copy has surely arrived
 
-    def start(self, slots: int, tokens: int, new_tokens: int, eos_ids: list[int], temperature: float, top_p: float) -> None:
+    def start(self, slots: int, tokens: int, new_tokens: int, eos_ids: list[int], temperature: float) -> None:
         """Room for `slots` samples of up to `tokens` tokens, of which `new_tokens` are drawn."""
         self.live = []  # (prompt, sample) of the slots 0 .. B-1, host side
-        self.longest, self.steps, self.look = 0, 0, None  # longest: at least the number of tokens in any live slot's cache
+        self.longest = 0  # at least the number of tokens in any live slot's cache
+        self.steps, self.look = 0, None
         if any(need > have for need, have in zip((slots, tokens, new_tokens), self.shape)):
             self.cache = None  # free the old one first
             self.shape = slots, tokens, new_tokens = tuple(map(max, (slots, tokens, new_tokens), self.shape))
             zeros = lambda *shape, dtype=torch.long: torch.zeros(shape, dtype=dtype, device=self.device)
             self.cache = KVCache(self.model.config, slots, tokens, self.model.dtype, self.device)
             self.length, self.limit = zeros(slots), zeros(slots)  # tokens in the cache; tokens to draw at most
-            self.token, self.count = zeros(slots), zeros(slots)  # the last one drawn, not yet in the cache; how many were
+            self.token, self.count = zeros(slots), zeros(slots)  # the last one, not yet in the cache; how many
             self.done = zeros(slots, dtype=torch.bool)
             # one column more than is read: there a row goes on writing that is done, and not yet known to be
             self.drawn, self.noise = zeros(slots, new_tokens + 1), zeros(slots, new_tokens + 1, dtype=torch.float64)
             self.graphs, self.ends = {}, {}
-        self.how = (temperature, top_p, *eos_ids)
+        self.how = (temperature, *eos_ids)
         if self.how not in self.ends:  # kept, since graphs read it
             self.ends[self.how] = torch.tensor(eos_ids, device=self.device)
         self.eos = self.ends[self.how]
@@ -205,8 +209,7 @@ class Sampler:
     def accept(self, rows: slice, logits: Tensor) -> None:
         """Draw a token for each of the rows, and note which are done with it."""
         t = self.count[rows, None]
-        temperature, top_p = self.how[:2]
-        token = draw(logits, self.noise[rows].gather(1, t).squeeze(1), temperature, top_p)
+        token = sample_token(logits, self.noise[rows].gather(1, t).squeeze(1), self.how[0])
         self.token[rows] = token
         self.drawn[rows].scatter_(1, t, token[:, None])
         self.count[rows] += ~self.done[rows]
@@ -219,7 +222,7 @@ class Sampler:
         for slot, (i, _) in enumerate(new, start):
             slot_of.setdefault(i, slot)
         within = longest_of_each(prompts, slot_of)
-        whole = sorted(set(within.values()), key=lambda i: len(prompts[i]))  # equal ones side by side, see `packed_sdpa`
+        whole = sorted(set(within.values()), key=lambda i: len(prompts[i]))  # equal ones together: `packed_sdpa`
         slots = torch.tensor([slot_of[i] for i in whole])
         packed = Packed([prompts[i] for i in whole], device, cache=self.cache, slots=slots)
         begin = dict(zip(whole, packed.starts))
@@ -269,15 +272,16 @@ class Sampler:
         self.steps += 1
         if self.steps % self.poll_every:
             return []
-        now = (self.done[: len(self.live)].to("cpu", non_blocking=True), torch.cuda.Event() if self.done.is_cuda else None)
-        if now[1]:
-            now[1].record()
-        look, self.look = (self.look, now) if self.lag else (now, None)
-        if look is None:
+        done = self.done[: len(self.live)].to("cpu", non_blocking=True)
+        if not self.lag:
+            return done.nonzero().squeeze(1).tolist()
+        event = torch.cuda.Event()
+        event.record()
+        before, self.look = self.look, (done, event)
+        if before is None:
             return []
-        if look[1]:
-            look[1].synchronize()
-        return look[0].nonzero().squeeze(1).tolist()
+        before[1].synchronize()
+        return before[0].nonzero().squeeze(1).tolist()
 
     def retire(self) -> list[tuple[tuple[int, int], list[int]]]:
         """Take finished samples out: ((prompt, sample), tokens) of each. The last live slots move into the gaps."""
@@ -309,26 +313,17 @@ def as_sampler(model) -> Sampler:
 
 
 def rollout(
-    model: nn.Module | Sampler,
-    prompts: list[list[int]],
-    n: int = 1,
-    *,
-    max_new_tokens: int | list[int],
-    eos_ids: list[int],
-    seeds: list[int] | None = None,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    slots: int = 256,
-    progress: str = "",
-    decided: Callable[[int, list[Sample]], bool] | None = None,
+    model: nn.Module | Sampler, prompts: list[list[int]], n: int = 1, *, max_new_tokens: int | list[int],
+    eos_ids: list[int], seeds: list[int] | None = None, temperature: float = 1.0, slots: int = 256,
+    progress: str = "", decided: Callable[[int, list[Sample]], bool] | None = None,
 ) -> list[list[Sample]]:
     """n samples for each prompt, in order: result[i][j] is sample j of prompts[i].
 
-    model: a causal LM, or a Sampler of one, which keeps its memory and its graphs for the next call.
-    max_new_tokens: one limit, or one for each prompt. seeds: one for each prompt (default: its index).
-    temperature 0 is greedy. slots: how many samples decode at once. progress: text of a progress bar, "" for none.
-    decided: then a prompt's samples are drawn 1, 1, 2, 4, ... at a time, until decided(i, result[i]) or there are n.
-    Raises UserError if a prompt and its limit do not fit the model's positions, ValueError for an empty prompt or limit."""
+    model: a causal LM, or a Sampler of one, which keeps its memory and its graphs for the next call. max_new_tokens:
+    one limit, or one for each prompt. seeds: one for each prompt (default: its index). temperature 0 is greedy. slots:
+    how many samples decode at once. progress: text of a progress bar, "" for none. decided: then a prompt's samples are
+    drawn 1, 1, 2, 4, ... at a time, until decided(i, result[i]) or there are n. Raises UserError if a prompt and its
+    limit do not fit the model's positions, ValueError for an empty prompt or limit."""
     if not prompts:
         return []
     sampler = as_sampler(model)
@@ -338,10 +333,8 @@ def rollout(
     longest = max(len(p) + limit for p, limit in zip(prompts, limits))
     positions = sampler.model.config.max_position_embeddings
     if longest > positions:
-        raise UserError(
-            f"a prompt and its response may take {longest} tokens, but the model has only {positions} positions; "
-            "lower --max-new-tokens"
-        )
+        what = f"a prompt and its response may take {longest} tokens, but the model has only {positions} positions"
+        raise UserError(f"{what}; lower --max-new-tokens")
     # the long ones first, so that no straggler is left decoding alone; those that begin alike together
     within, most = longest_of_each(prompts, range(len(prompts))), {}
     for i, limit in enumerate(limits):
@@ -357,7 +350,7 @@ def rollout(
     was_training = sampler.model.training
     sampler.model.eval()
     with torch.inference_mode():
-        sampler.start(slots, longest, max(limits), eos_ids, temperature, top_p)
+        sampler.start(slots, longest, max(limits), eos_ids, temperature)
         while todo or sampler.live:
             free = slots - len(sampler.live)
             # wait for some free slots, since a prefill of one prompt costs as much as one of eight
@@ -366,7 +359,8 @@ def rollout(
                 while todo and len(new) < free and tokens < PREFILL:
                     i, j = todo.pop()
                     new.append((i, j))
-                    tokens += len(prompts[i]) * (len(new) < 2 or new[-2][0] != i)  # a prompt's samples stand side by side
+                    if len(new) < 2 or new[-2][0] != i:  # a prompt's samples stand side by side
+                        tokens += len(prompts[i])
                 sampler.fill(new, prompts, limits, seeds)
             else:
                 sampler.step()

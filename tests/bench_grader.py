@@ -1,52 +1,52 @@
 r"""Speed, accuracy, random equal and different answers, and random hostile text for the grader. Run by hand:
 
     python tests/bench_grader.py --gsm8k gsm8k_test.jsonl --math math_test.jsonl   # the tables, about 2 minutes
-    python tests/bench_grader.py --check                                           # exit status 1 if a target is missed
-    python tests/bench_grader.py --draws 10000                                     # tests/test_grader_properties.py, longer
-    python tests/bench_grader.py --fuzz 10                                         # 10 minutes of hostile text
+    python tests/bench_grader.py --check                          # exit status 1 if a target is missed
+    python tests/bench_grader.py --draws 10000                    # tests/test_grader_properties.py, longer
+    python tests/bench_grader.py --fuzz 10                        # 10 minutes of hostile text
+    python tests/bench_grader.py --smoke                          # a little of everything, to see that it runs
 
-The tables set the grader beside math-verify (`pip install math-verify`): the same answers, one process, one core, by turns
-in blocks, so that a drift of the machine's speed meets both; math-verify's time-outs of 5 s count. Three sets, of pairs with
-known verdicts:
+The tables set the grader beside math-verify (`pip install math-verify`): the same answers, one process, one core, by
+turns in blocks, so that a drift of the machine's speed meets both; math-verify's time-outs of 5 s count. Three sets, of
+pairs with known verdicts:
 
     gsm8k   the reference solutions, ending in `#### 18` or "The answer is 18.", against their own answer
     math    the reference solutions with one \boxed{} against their own answer
-    table   EQUAL and DIFFERENT of tests/test_grader.py, both ways, and boxed; the answers of 200 characters or less
+    table   EQUAL and DIFFERENT of tests/test_grader.py, both ways, and boxed; answers of 200 characters or less
 
 In the first two every right pair has a wrong one beside it: the next problem's answer, if both are integers and differ.
-GSM8K's and MATH's test sets come from the hub, or from a local JSONL file with the fields question and answer (GSM8K),
-problem, solution and perhaps answer (MATH).
 """
 
 import argparse
 import importlib.util
+import json
 import logging
 import os
 import random
 import re
-import resource
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from data import UserError, load_hub, read_jsonl, run_script
-from grader import extract, grade, verdict
+
 from test_grader import DIFFERENT, EQUAL
 from test_grader_properties import KINDS, failures
+from tqdm import tqdm
+
+from data import UserError, read_rows, run_script
+from grader import VERDICTS, extract, grade, verdict
 
 TARGETS = {"gsm8k": 5000, "math": 3000, "table": 1000}  # answers per second
 TIMES_MATH_VERIFY = {"table": 10}
-VERDICTS = ("match", "mismatch", "unparsed", "timed out")
 SLOWEST = 1.0  # seconds that a verdict may take
 
 # ------------------------------------------------------------------------------------------------ the three sets
 
 
-def box(solution):
+def box(solution: str) -> str:
     r"""The content of the \boxed{} of a reference solution. Not grader.extract: that is to be measured."""
     content = solution.partition("\\boxed")[2]
     if content[0] != "{":  # \boxed 2
@@ -59,44 +59,49 @@ def box(solution):
     raise UserError(f"a box without end: {content[:50]}")
 
 
-def read_rows(path, name, field):
-    if path and not Path(path).is_file():
-        raise UserError(f"{path}: no such JSONL file")
-    rows = [row for _, row in read_jsonl(path)] if path else list(load_hub(name, "test"))
+def read(name: str, field: str) -> list[dict]:
+    rows = [row for _, row in read_rows(name, "test")]
     if not rows or not all(isinstance(row, dict) and isinstance(row.get(field), str) for row in rows):
-        raise UserError(f"{path or name}: needs the field {field} in every row")
+        raise UserError(f"{name}: needs the field {field} in every row")
     return rows
 
 
-def with_wrong(golds, texts):
+def with_wrong(golds: list[str], texts: list[str]) -> list[tuple[str, str, bool]]:
     """(gold, text, verdict): each text against its own answer, and against the next one, if certainly another."""
     items = []
     for i, (gold, text) in enumerate(zip(golds, texts)):
         items.append((gold, text, True))
         other = golds[(i + 1) % len(golds)]
-        if re.fullmatch(r"-?[0-9]{1,9}", gold) and re.fullmatch(r"-?[0-9]{1,9}", other) and int(gold) != int(other):
+        if all(re.fullmatch(r"-?[0-9]{1,9}", answer) for answer in (gold, other)) and int(gold) != int(other):
             items.append((other, text, False))
     return items
 
 
-def gsm8k_set(path):
+def gsm8k_set(name: str):
     golds, texts = [], []
-    for i, row in enumerate(read_rows(path, "gsm8k", "answer")):
+    for i, row in enumerate(read(name, "answer")):
         solution, _, gold = row["answer"].partition("\n#### ")
         golds.append(gold)
         texts.append(re.sub(r"<<.*?>>", "", solution) + (f"\n#### {gold}" if i % 2 else f"\nThe answer is {gold}."))
     return with_wrong(golds, texts)
 
 
-def math_set(path):
-    rows = [row for row in read_rows(path, "math", "solution") if row["solution"].count("\\boxed") == 1]
+def math_set(name: str):
+    rows = [row for row in read(name, "solution") if row["solution"].count("\\boxed") == 1]
     return with_wrong([row.get("answer") or box(row["solution"]) for row in rows], [row["solution"] for row in rows])
 
 
+def pairs():
+    for table in (EQUAL, DIFFERENT):
+        for group in table.values():
+            yield from ((*pair, table is EQUAL) for pair in group if max(map(len, pair)) <= 200)
+
+
 def table_set(_):
-    pairs = [(*pair, table is EQUAL) for table in (EQUAL, DIFFERENT) for group in table.values() for pair in group]
-    pairs = [(a, b, same) for a, b, same in pairs if max(len(a), len(b)) <= 200]
-    return [item for a, b, same in pairs for item in ((a, b, same), (b, a, same), (a, rf"So it is $\boxed{{{b}}}$.", same))]
+    items = []
+    for a, b, same in pairs():
+        items += [(a, b, same), (b, a, same), (a, rf"So it is $\boxed{{{b}}}$.", same)]
+    return items
 
 
 # ------------------------------------------------------------------------------------------------ speed and accuracy
@@ -118,115 +123,89 @@ def math_verify():
     return judge
 
 
-def measure(judges, items, name, block=50):
+def measure(judges: dict, items: list, name: str, block: int = 50) -> dict[str, tuple[list, list]]:
     """For each judge its verdicts and its seconds, one by one. Blocks of items go by turns to the judges."""
-    results = [([], []) for _ in judges]
-    with tqdm(total=len(items), desc=name, unit=" items", disable=None, leave=False) as bar:
-        for number, start in enumerate(range(0, len(items), block)):
-            part = items[start : start + block]
-            turns = list(zip(judges, results))
-            for judge, (found, seconds) in turns[:: -1 if number % 2 else 1]:
-                for gold, text, _ in part:
-                    begin = time.perf_counter()
-                    found.append(judge(gold, text))
-                    seconds.append(time.perf_counter() - begin)
-            bar.update(len(part))
+    results = {who: ([], []) for who in judges}
+    for number, start in enumerate(tqdm(range(0, len(items), block), name, unit="block", disable=None, leave=False)):
+        for who in [*judges][:: -1 if number % 2 else 1]:
+            found, seconds = results[who]
+            for gold, text, _ in items[start : start + block]:
+                begin = time.perf_counter()
+                found.append(judges[who](gold, text))
+                seconds.append(time.perf_counter() - begin)
     return results
 
 
-def summary(found, seconds, items):
-    """Answers per second, accuracy, false positives and negatives, and quantiles of the seconds."""
-    wrong = [(gold, text, same) for (gold, text, same), verdict in zip(items, found) if verdict is not same]
-    positives = sum(not same for *_, same in wrong)
-    ordered = sorted(seconds)
-    quantiles = [1000 * ordered[int(share * (len(ordered) - 1))] for share in (0.5, 0.99, 1)]
-    return len(items) / sum(seconds), 1 - len(wrong) / len(items), positives, len(wrong) - positives, quantiles, wrong
-
-
-def tables(args):
+def tables(args) -> list[str]:
     """Measures the sets and prints both tables. Returns a sentence for each target that is missed."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # one core, which child processes inherit
     peer = math_verify()
-    judges = [judge for judge in (grade, peer) if judge]
-    for judge in judges:  # sympy loaded, worker processes started
+    judges = {"grader": grade, **({"math-verify": peer} if peer else {})}
+    for judge in judges.values():  # what they load, loaded; worker processes started
         for gold, text in ((r"\frac{1}{\sqrt{3}}", r"\boxed{\frac{\sqrt3}{3}}"), ("x^2+2x+1", r"\boxed{(x+1)^2}")) * 3:
             judge(gold, text)
-    rates, accuracies, missed, errors = [], [], [], []
-    for name, make, path in (("gsm8k", gsm8k_set, args.gsm8k), ("math", math_set, args.math), ("table", table_set, None)):
+    rows, missed, errors = [], [], []
+    sets = {"gsm8k": (gsm8k_set, args.gsm8k), "math": (math_set, args.math), "table": (table_set, "")}
+    for name, (make, source) in sets.items():
         try:
-            items = make(path)
+            items = make(source)
         except UserError as error:
             print(f"{name} is left out: {error} (--{name} FILE.jsonl)\n")
             missed.append(f"{name} was not measured")
             continue
         random.Random(args.seed).shuffle(items)
-        items = items[: args.items]
-        both = [summary(*result, items) for result in measure(judges, items, name)]
-        rate, ratio = both[0][0], both[0][0] / both[1][0] if peer else None
-        theirs = (f"{both[1][0]:,.0f}", f"{ratio:.1f}") if peer else ("-", "-")
-        target = f">= {TARGETS[name]:,}" + (f", {TIMES_MATH_VERIFY[name]}x" if name in TIMES_MATH_VERIFY else "")
-        rates.append((name, f"{len(items):,}", f"{rate:,.0f}", *theirs, target))
-        for who, (_, accuracy, positives, negatives, quantiles, wrong) in zip(("grader", "math-verify"), both):
-            latency = [f"{q:,.2f}" for q in quantiles]
-            accuracies.append((name, who, f"{100 * accuracy:.2f} %", str(positives), str(negatives), *latency))
+        items, rates = items[: args.items], {}
+        for who, (found, seconds) in measure(judges, items, name).items():
+            wrong = [(gold, text, same) for (gold, text, same), said in zip(items, found) if said is not same]
             errors += [(name, *case) for case in wrong] if who == "grader" else []
-        if rate < TARGETS[name]:
-            missed.append(f"{name}: {rate:,.0f} answers per second, the target is {TARGETS[name]:,}")
-        if name in TIMES_MATH_VERIFY and not peer:
+            positives, ordered = sum(not same for *_, same in wrong), sorted(seconds)
+            latency = [f"{1000 * ordered[int(share * (len(ordered) - 1))]:,.2f}" for share in (0.5, 0.99, 1)]
+            rates[who], accuracy = len(items) / sum(seconds), f"{100 * (1 - len(wrong) / len(items)):.2f} %"
+            counts = accuracy, str(positives), str(len(wrong) - positives)
+            rows.append((name, who, f"{len(items):,}", f"{rates[who]:,.0f}", *counts, *latency))
+        if rates["grader"] < TARGETS[name]:
+            missed.append(f"{name}: {rates['grader']:,.0f} answers per second, the target is {TARGETS[name]:,}")
+        times = TIMES_MATH_VERIFY.get(name)
+        if times and not peer:
             missed.append(f"{name}: not compared with math-verify")
-        if ratio and ratio < TIMES_MATH_VERIFY.get(name, 0):
-            missed.append(f"{name}: {ratio:.1f} times math-verify's speed, the target is {TIMES_MATH_VERIFY[name]} times")
-    print_table(("set", "items", "grader /s", "math-verify /s", "ratio", "target"), rates)
-    print_table(("set", "judge", "expected", "false +", "false -", "p50 ms", "p99 ms", "max ms"), accuracies)
+        elif times and rates["grader"] < times * rates["math-verify"]:
+            missed.append(f"{name}: not {times} times as fast as math-verify")
+    head = ("set", "judge", "items", "per s", "expected", "false +", "false -", "p50 ms", "p99 ms", "max ms")
+    print_table(head, rows)
     for name, gold, text, same in errors[:20]:
         print(f"{name}: should be {same}: {gold[:100]!r} against {(extract(text) or text)[:100]!r}")
     return missed
 
 
-def print_table(head, rows):
+def print_table(head: tuple, rows: list[tuple]) -> None:
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     for row in (head, *rows):
-        print("  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths))))
+        cells = [cell.rjust(width) if i > 1 else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths))]
+        print("  ".join(cells))
     print()
-
-
-def peak_memory():
-    """MB of this process and of the largest child, those still running included where /proc lists them."""
-    units = 1 if sys.platform == "darwin" else 1024  # bytes there, KB elsewhere
-    own, children = (resource.getrusage(who).ru_maxrss * units for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    for status in Path("/proc").glob("[0-9]*/status"):
-        try:
-            fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        except OSError:  # it has just ended
-            continue
-        if int(fields["PPid"]) == os.getpid():
-            children = max(children, int(fields.get("VmHWM", fields.get("VmRSS", "0")).split()[0]) * 1024)
-    return f"peak memory: {own / 1e6:.0f} MB, largest child process {children / 1e6:.0f} MB"
 
 
 # ------------------------------------------------------------------------------------------------ random text
 
 
-def draws(n, seed):
+def draws(n: int, seed: int) -> int:
     """The property test over n draws. Returns the number of failing ones."""
     failing, begin = 0, time.perf_counter()
-    with tqdm(range(n), unit=" draws", disable=None) as bar:
-        for i in bar:
-            wrong = failures(KINDS[i % len(KINDS)], f"{seed}-{i}")
-            failing += bool(wrong)
-            for same, gold, text in wrong:
-                bar.write(f"{KINDS[i % len(KINDS)]} {seed}-{i}: should be {same}: {gold!r} against {text!r}")
-            bar.set_postfix(failures=failing)
+    for i in tqdm(range(n), unit=" draws", disable=None):
+        wrong = failures(KINDS[i % len(KINDS)], f"{seed}-{i}")
+        failing += bool(wrong)
+        for same, gold, text in wrong:
+            tqdm.write(f"{KINDS[i % len(KINDS)]} {seed}-{i}: should be {same}: {gold!r} against {text!r}")
     print(f"{n:,} draws, {failing} with failures, {n / (time.perf_counter() - begin):.0f} draws per second")
     return failing
 
 
 SOUP = r"""
-\frac \dfrac \frac1 \sqrt \sqrt[ \left( \right) \left\{ \right. \boxed{ \boxed \text{ \mbox{ \mathrm{ \pi \infty \pm \cup
-\in \le \ge \ne \cdot \times \div \sin \cos^ \log_ \ln \exp \binom \choose \overline{ \hat{ \vec{ \sum_ \int_
-\begin{pmatrix} \end{pmatrix} \begin{array}{cc} \end{array} \begin{cases} \\ & \, \! \; \% \$ \{ \} { } ( ) [ ] + - * / ^ _
-= < > ! | ' , . : ; ? # #### $ $$ % & ~ 0 1 2 7 10 99 1.5 1,000 1e9 1e99999 x y n i e f(x) and or cm (A)
+\frac \dfrac \frac1 \sqrt \sqrt[ \left( \right) \left\{ \right. \boxed{ \boxed \text{ \mbox{ \mathrm{ \pi \infty \pm
+\cup \in \le \ge \ne \cdot \times \div \sin \cos^ \log_ \ln \exp \binom \choose \overline{ \hat{ \vec{ \sum_ \int_
+\begin{pmatrix} \end{pmatrix} \begin{array}{cc} \end{array} \begin{cases} \\ & \, \! \; \% \$ \{ \} { } ( ) [ ] + - *
+/ ^ _ = < > ! | ' , . : ; ? # #### $ $$ % & ~ 0 1 2 7 10 99 1.5 1,000 1e9 1e99999 x y n i e f(x) and or cm (A)
 ½ √ π × − ° ² ∞ ≤ ∪ ∈ ٣ é 𝟏 __import__('os').system('false') exit() ().__class__ eval('1') 9**9**9 99!
 """.split()
 SOUP += ["\u202e", "\ud800", "\0", "\x1b[0m", "\n", " ", "\t", "lambda: 0", "answer is ", "A: ", "factorial(999999)"]
@@ -241,7 +220,8 @@ def hostile(rng, valid):
         i, j = sorted(rng.randint(0, len(text)) for _ in range(2))
         unit = rng.choice((text[i:j], rng.choice(valid), rng.choice(SOUP)))
         times = int(10 ** rng.uniform(0, 4)) if len(text) < 100 else 2
-        text = rng.choice((text[:i] + text[j:], text[:i] + unit + text[j:], text[:i] + unit * times + text[j:]))[:200_000]
+        middle = rng.choice(("", unit, unit * times))
+        text = (text[:i] + middle + text[j:])[:200_000]
     return text
 
 
@@ -279,7 +259,7 @@ def give_up(*_):
 
 def fuzz(minutes, seed):
     """Random hostile pairs until the time is over. Returns the number of failures."""
-    valid = [x for table in (EQUAL, DIFFERENT) for group in table.values() for pair in group for x in pair if len(x) <= 200]
+    valid = [answer for *pair, _ in pairs() for answer in pair]
     signal.signal(signal.SIGALRM, give_up)
     end, number, failed, slowest, worst = time.perf_counter() + 60 * minutes, 0, 0, 0.0, ""
     with tqdm(unit=" inputs", disable=None) as bar:
@@ -304,22 +284,44 @@ def fuzz(minutes, seed):
     return failed
 
 
-def main():
+SAMPLES = {  # of --smoke
+    "gsm8k": [{"question": "?", "answer": f"He has 2*{i}=<<2*{i}={2 * i}>>{2 * i}\n#### {2 * i}"} for i in range(4)],
+    "math": [{"problem": "?", "solution": rf"So it is $\boxed{{\frac{{{i}}}{{2}}}}$."} for i in range(4)],
+}
+
+
+def smoke(args) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        for name, rows in SAMPLES.items():
+            file = Path(folder, f"{name}.jsonl")
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            setattr(args, name, str(file))
+        tables(args)
+    draws(3, args.seed)
+    fuzz(0.01, args.seed)
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description="Speed and accuracy of the grader beside math-verify's; random tests.")
-    parser.add_argument("--gsm8k", metavar="FILE.jsonl", help="fields question, answer (default: the hub's test set)")
-    parser.add_argument("--math", metavar="FILE.jsonl", help="fields problem, solution (default: the hub's test set)")
-    parser.add_argument("--items", type=int, default=2500, help="at most so many items of each set; math-verify is slow")
+    parser.add_argument("--gsm8k", default="gsm8k", help="a file of questions and answers; default: from the hub")
+    parser.add_argument("--math", default="math", help="a file of problems and solutions; default: from the hub")
+    parser.add_argument("--items", type=int, default=2500, help="at most so many items of each set")
     parser.add_argument("--check", action="store_true", help="exit with status 1 if a target is missed")
     parser.add_argument("--draws", type=int, metavar="N", help="run the property test over N draws instead")
     parser.add_argument("--fuzz", type=float, metavar="MINUTES", help="grade random hostile text instead")
+    parser.add_argument("--smoke", action="store_true", help="a little of everything, to see that it runs")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    failed = (draws(args.draws, args.seed) if args.draws else 0) + (fuzz(args.fuzz, args.seed) if args.fuzz else 0)
-    missed = [] if args.draws or args.fuzz else tables(args)
-    print(peak_memory())
+    if args.smoke:
+        args.items = 20
+        return smoke(args)
+    if args.draws or args.fuzz:
+        failed = draws(args.draws or 0, args.seed) + (fuzz(args.fuzz, args.seed) if args.fuzz else 0)
+        sys.exit(failed > 0)
+    missed = tables(args)
     for sentence in missed if args.check else ():
         print(f"missed: {sentence}")
-    sys.exit(1 if failed or (missed and args.check) else 0)
+    sys.exit(bool(missed) and args.check)
 
 
 if __name__ == "__main__":

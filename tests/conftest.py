@@ -4,14 +4,12 @@ import logging
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import data  # before torch, see there
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 torch.set_num_threads(1)
-logging.disable(logging.DEBUG)  # torch tells of each tensor of a checkpoint twice, and pytest would format and keep it all
-
-import data  # noqa: E402
-
+logging.disable(logging.DEBUG)  # torch tells of each tensor of a checkpoint twice, pytest would keep it all
 data.toy_problems = functools.cache(data.toy_problems)  # dozens of runs begin with the same 20,000
 
 

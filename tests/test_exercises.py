@@ -1,4 +1,4 @@
-"""Each exercise passes its check with the real code, and none of its tests does without; what the open ones must satisfy."""
+"""Each exercise passes its check with the real code, none of its tests without; what the open ones must satisfy."""
 
 import ast
 import functools
@@ -14,13 +14,14 @@ import torch
 from exercises import EXERCISES, HERE, find, main, stripped
 from test_prm import TOKENIZER, labelled
 
-import eval as evaluation
+import claims
 import prm
 import rewards
-from data import run_script, split_steps, toy_lines
+from data import run_script, split_steps, steps_of, toy_lines
+from eval import read_run
 from model import ScalarModel, toy_model
 from rewards import BASELINES, PROCESS, refine
-from train import fixed
+from train import FREE
 
 # ------------------------------------------------------------------------------------------------ all exercises
 
@@ -47,8 +48,8 @@ def outcomes(nodes: list[str], folder: Path) -> Outcomes:
 
 
 def take_out(monkeypatch, number: int) -> None:
-    """What `start` changes, in the modules that are loaded, from the text that it would write: a function gets other code,
-    so that whoever has imported it has that."""
+    """What `start` changes, in the modules that are loaded, from the text that it would write: a function gets other
+    code, so that whoever has imported it has that."""
     exercise = EXERCISES[number]
     source, module = stripped(text_of(number), number), importlib.import_module(Path(exercise.file).stem)
     for name in exercise.names.split():
@@ -81,58 +82,66 @@ def test_without_the_body_no_test_of_the_exercise_passes(number, tmp_path, monke
     assert found.failed and not found.passed
 
 
+def names_of(node: ast.stmt) -> set[str]:
+    return {getattr(node, "name", ""), *(getattr(target, "id", "") for target in getattr(node, "targets", []))}
+
+
 @pytest.mark.parametrize("number", EXERCISES)
 def test_only_what_is_named_is_taken_out(number):
-    source, names = text_of(number), {name.partition(".")[0] for name in EXERCISES[number].names.split()}
-    named = lambda node: {getattr(node, "name", ""), *(getattr(target, "id", "") for target in getattr(node, "targets", []))}
-    rest = lambda text: [ast.dump(node) for node in ast.parse(text).body if not named(node) & names]
-    before, after = rest(source), rest(stripped(source, number))
-    assert before == after and ast.dump(ast.parse(source)) != ast.dump(ast.parse(stripped(source, number)))
+    whole, names = text_of(number), {name.partition(".")[0] for name in EXERCISES[number].names.split()}
+    rests = [
+        [ast.dump(node) for node in ast.parse(text).body if not names_of(node) & names]
+        for text in (whole, stripped(whole, number))
+    ]
+    assert rests[0] == rests[1] and ast.dump(ast.parse(whole)) != ast.dump(ast.parse(stripped(whole, number)))
     assert all(int(n) < number for n in EXERCISES[number].needs.replace(";", ",").split(",") if n.strip().isdigit())
 
 
 def test_a_working_copy_fails_until_the_real_code_is_back(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "copy"
 
-    def call(*argv) -> tuple[int, str]:
+    def call(*argv) -> tuple[int, list[str]]:
         monkeypatch.setattr(sys, "argv", ["exercises.py", *map(str, argv)])
         try:
             code = run_script(main) or 0
         except SystemExit as end:
             code = int(end.code)
-        return code, "".join(capsys.readouterr())
+        return code, "".join(capsys.readouterr()).splitlines()
 
-    assert "refine in rewards.py" in call("start", 3, folder)[1]
+    assert "refine in rewards.py" in call("start", 3, folder)[1][0]
     assert call("start", 3, folder)[0] == 2  # it is not empty now
     code, said = call("check", 3, folder)
-    assert code == 1 and "exercise 3 in " in said.splitlines()[-1] and "failed (" in said.splitlines()[-1]
+    assert code == 1 and said[-1].startswith("exercise 3 in ") and "failed (" in said[-1]
     (folder / "rewards.py").write_text(text_of(3))
     code, said = call("check", 3, folder)
-    assert code == 0 and len(said.splitlines()) == 1 and "passed (" in said
+    assert code == 0 and len(said) == 1 and "passed (" in said[0]
 
 
 # ------------------------------------------------------------------------------------------------ where Delta breaks
 
 
-def swept(folder: Path, alpha: float, seed: int, before: float, after: float, iterations: int = 20, **options) -> None:
-    """A run of train.py --sweep, as far as it is looked at."""
+def made(folder: Path, alpha: float, seed: int, before: float, after: float, iterations: int = 20, **options) -> None:
+    """A run of tests/claims.py --make, as far as it is looked at."""
     path = folder / f"delta-alpha{alpha:g}-seed{seed}"
     (path / "model").mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps({"reward": "delta", "alpha": alpha, "seed": seed, "lr": 3e-4} | options))
+    config = {"reward": "delta", "alpha": alpha, "seed": seed, "prepare_seed": 0, "lr": 3e-4, "slots": seed} | options
+    (path / "config.json").write_text(json.dumps(config))
     rows = [{"iteration": i, "greedy_accuracy": x} for i, x in ((0, before), (iterations, after))]
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def objections_to_alphas(runs: Path, low: float, high: float) -> list[str]:
-    """What the runs do not show of: with alpha low all end no worse than they began, with high all lose over 10 points."""
+    """What the runs do not show of: with alpha low all end no worse than they began, with high all lose over 10
+    points."""
     gains, others = {low: {}, high: {}}, set()
     for path in (model.parent for model in runs.glob("*/model")):
-        options = json.loads((path / "config.json").read_text())
-        if options["reward"] == "delta" and options["alpha"] in gains:
-            rows = [row for row in evaluation.read_run(str(path)) if "greedy_accuracy" in row]
-            seeds = options["seed"], options.get("prepare_seed")
-            gains[options["alpha"]][seeds] = rows[-1]["greedy_accuracy"] - rows[0]["greedy_accuracy"]
-            same = {k: v for k, v in fixed(options).items() if k not in ("alpha", "seed", "prepare_seed")}
+        config = json.loads((path / "config.json").read_text())
+        if config["reward"] == "delta" and config["alpha"] in gains:
+            rows = [row for row in read_run(str(path)) if "greedy_accuracy" in row]
+            seeds = config["seed"], config["prepare_seed"]
+            gains[config["alpha"]][seeds] = rows[-1]["greedy_accuracy"] - rows[0]["greedy_accuracy"]
+            free = {*FREE, "alpha", "seed", "prepare_seed", "policy", "reward_model", "keys"}
+            same = {key: value for key, value in config.items() if key not in free}
             others.add((rows[-1]["iteration"], json.dumps(same, sort_keys=True)))
     found = {
         "the larger alpha is at most four times the smaller": low < high <= 4 * low,
@@ -146,12 +155,12 @@ def objections_to_alphas(runs: Path, low: float, high: float) -> list[str]:
 
 
 def test_delta_holds_at_one_alpha_and_breaks_at_four_times_that_at_most(tmp_path):
-    if hasattr(evaluation, "where_delta_breaks"):
-        assert not objections_to_alphas(HERE / "runs", *evaluation.where_delta_breaks())
+    if hasattr(claims, "where_delta_breaks"):
+        assert not objections_to_alphas(HERE / "runs", *claims.where_delta_breaks())
         return
-    for seed, held, broke in ((0, 0.8, 0.19), (1, 0.79, 0.4)):  # in the student's part, numbers of the README's kind
-        swept(tmp_path, 0.5, seed, 0.675, held)
-        swept(tmp_path, 1.0, seed, 0.675, broke)
+    for seed, held, broke in ((0, 0.8, 0.19), (1, 0.79, 0.4)):
+        made(tmp_path, 0.5, seed, 0.675, held)
+        made(tmp_path, 1.0, seed, 0.675, broke)
     assert not objections_to_alphas(tmp_path, 0.5, 1.0)
 
 
@@ -168,7 +177,7 @@ def test_delta_holds_at_one_alpha_and_breaks_at_four_times_that_at_most(tmp_path
 )
 def test_runs_that_do_not_show_where_delta_breaks(runs, objection, tmp_path):
     for run in runs:
-        swept(tmp_path, *run)
+        made(tmp_path, *run)
     [found] = objections_to_alphas(tmp_path, runs[0][0], 1)
     assert found.startswith(objection) or objection in found
 
@@ -180,21 +189,26 @@ def sum_of(name: str, scores: list[float]) -> float:
     return refine(name, torch.tensor([scores]), torch.ones(1, len(scores), dtype=torch.bool))[0].sum().item()
 
 
+def pay_of_repeating(name: str, scores: list[float], k: int) -> float:
+    """By how much the sum rises where step k stands ten times more."""
+    return sum_of(name, scores[:k] + 10 * [scores[k]] + scores[k:]) - sum_of(name, scores)
+
+
 def objections_to_hack(name: str, exploit) -> list[str]:
     """What does not hold of a reward that is hacked by something else than repeating."""
     rng = random.Random(0)
     answers = [[rng.randrange(1, 64) / 64 for _ in range(rng.randint(3, 8))] for _ in range(100)]
     mask = torch.arange(200) < torch.tensor([len(s) for s in answers] + [199, 200])[:, None]
-    scores = torch.rand(mask.shape, generator=torch.Generator().manual_seed(0)).where(torch.arange(102)[:, None] < 100, 0.99)
+    scores = torch.rand(mask.shape, generator=torch.Generator().manual_seed(0))
+    scores[100:] = 0.99
     r = refine(name, scores.masked_fill(~mask, torch.nan), mask)
-    others = [x for x in PROCESS + BASELINES if x != name]
-    repeat = lambda s, k: sum_of(name, s[:k] + 10 * [s[k]] + s[k:]) - sum_of(name, s)
-    repeats = [max(repeat(s, k) for k in range(len(s) - 1)) for s in answers]
+    others = [refine(x, scores, mask) for x in PROCESS + BASELINES if x != name]
+    repeats = [max(pay_of_repeating(name, s, k) for k in range(len(s) - 1)) for s in answers]
     hacked = [exploit([*s]) for s in answers]
     gains = [sum_of(name, h) - sum_of(name, s) for h, s in zip(hacked, answers)]
     found = {
         "r is finite, and 0 behind a row's end": bool(r.isfinite().all() and (r[~mask] == 0).all()),
-        "it is none of the other rewards": not any(torch.allclose(r, refine(x, scores, mask), atol=1e-3) for x in others),
+        "it is none of the other rewards": not any(torch.allclose(r, x, atol=1e-3) for x in others),
         "its return-to-go is at most 1": bool(r.flip(1).cumsum(1).max() <= 1),
         "to repeat the best step ten times pays at most 0.05 on average": sum(repeats) / 100 <= 0.05,
         "exploit takes the answer's own scores, the last one last": all(
@@ -234,42 +248,47 @@ def test_rewards_and_exploits_that_do_not_count(name, exploit, objection):
     assert any(objection in found for found in objections_to_hack(name, exploit))
 
 
-# ------------------------------------------------------------------------------------------------ a PRM that is not fooled
+# ------------------------------------------------------------------------------------------------ a PRM not fooled
+
+
+@functools.cache
+def labelled_once() -> list[dict]:
+    return labelled(300)
 
 
 def scores_of_a_prm_trained_on(rows: list[dict]) -> tuple[float, float, float]:
     """Of held-out right answers in which one step stands four times the mean score of its repetitions, and of all other
     steps; and the AUROC against the oracle on answers like those of the training."""
     model = ScalarModel(toy_model(TOKENIZER, seed=0, hidden=32, layers=2, heads=2))
-    options = prm.TrainOptions(kind="prm", epochs=4, lr=3e-3, head_lr=1e-2, batch_size=16)
-    prm.train_reward_model(model, TOKENIZER, rows, options, prompt="{question}")
-    read = lambda rows: prm.read_own(TOKENIZER, rows, "{question}")
+    opts = prm.RewardModelOptions("{question}", rm_epochs=4, rm_lr=3e-3, rm_head_lr=1e-2, rm_batch_size=16)
+    known = [row for row in rows if not prm.held_out(row["question"])]
+    prm.train_reward_model(model, TOKENIZER, known, opts)
+    read = functools.partial(prm.read_own, TOKENIZER, prompt="{question}")
     held = [row for row in labelled_once() if prm.held_out(row["question"])]
-    right = [(row, toy_lines(row["question"]), k) for row in held for k in range(len(toy_lines(row["question"])) - 1)]
-    texts = ["\n".join(lines[:k] + 4 * [lines[k]] + lines[k + 1 :]) for _, lines, k in right]
-    batch, ends = read([row | {"response": text, "cuts": split_steps(text, "\n")} for (row, *_), text in zip(right, texts)])
-    places, mask = prm.pad_steps(ends)
-    scores = prm.score_steps(model, batch, places, batch.plan([*range(len(right))], 16384), "cpu")
-    first = torch.tensor([k for *_, k in right])[:, None]
-    repeated = (torch.arange(mask.shape[1]) > first) & (torch.arange(mask.shape[1]) <= first + 3)
-    auroc = prm.evaluate_reward_model(model, read, held, "prm")["auroc_oracle"]
-    return scores[repeated].mean().item(), scores[mask & ~repeated].mean().item(), auroc
-
-
-labelled_once = functools.cache(lambda: labelled(300))
+    answers, is_repeat = [], []
+    for row in held:
+        lines = toy_lines(row["question"])
+        for k in range(len(lines) - 1):
+            text = "\n".join(lines[:k] + 4 * [lines[k]] + lines[k + 1 :])
+            answers.append(row | {"response": text, "char_ends": split_steps(text, "\n"), "truncated": False})
+            is_repeat += [k < i <= k + 3 for i in range(len(lines) + 3)]
+    found = prm.score_at(model, read(answers), 16384, torch.device("cpu"))
+    scores, repeated = torch.tensor([score for of_one in found for score in of_one]), torch.tensor(is_repeat)
+    auroc = prm.measure_quality(model, read, held, "prm")["auroc_oracle"]
+    return scores[repeated].mean().item(), scores[~repeated].mean().item(), auroc
 
 
 def repeat_and_relabel(rows: list[dict]) -> list[dict]:
     """Each answer, and once more with a step repeated up to four times; what repeats an earlier step is labelled 0."""
     rng, out = random.Random(0), []
     for row in rows:
-        steps = [step.strip("\n") for step in prm.steps_of(row)]
+        steps, labels = [step.strip("\n") for step in steps_of(row)], row["labels"]
         k, m = rng.randrange(max(len(steps) - 1, 1)), rng.randint(1, 4)
         for copies in (1, 1 + m):
             new = steps[:k] + copies * [steps[k]] + steps[k + 1 :]
-            labels = row["labels"][:k] + copies * [row["labels"][k]] + row["labels"][k + 1 :]
-            text, labels = "\n".join(new), [0.0 if step in new[:i] else y for i, (step, y) in enumerate(zip(new, labels))]
-            out.append(row | {"response": text, "cuts": split_steps(text, "\n"), "labels": labels})
+            old = labels[:k] + copies * [labels[k]] + labels[k + 1 :]
+            text, relabelled = "\n".join(new), [0.0 if step in new[:i] else old[i] for i, step in enumerate(new)]
+            out.append(row | {"response": text, "char_ends": split_steps(text, "\n"), "labels": relabelled})
     return out
 
 
@@ -281,4 +300,4 @@ def test_a_prm_trained_on_hardened_labels_scores_repeated_steps_low_and_fresh_on
 
 def test_a_prm_trained_on_the_labels_as_they_are_is_fooled():
     repeated, fresh, auroc = scores_of_a_prm_trained_on(labelled_once())
-    assert repeated > 0.9 and fresh > 0.9 and auroc > 0.9
+    assert repeated > 0.8 and fresh > 0.8 and auroc > 0.9

@@ -1,4 +1,4 @@
-"""Published reward models, tiny and of random weights but in the hub's own form, are read and scored as their authors do."""
+"""Published reward models, tiny and random but in the hub's form, are read and scored as their authors do."""
 
 import json
 import shutil
@@ -11,20 +11,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForTokenClassification,
-    LlamaConfig,
-    LlamaTokenizer,
-    MistralConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2Tokenizer,
+    AutoModel, AutoModelForCausalLM, AutoModelForTokenClassification, LlamaConfig, LlamaTokenizer, MistralConfig,
+    PreTrainedTokenizerFast, Qwen2Config, Qwen2Tokenizer,
 )
 
-from data import SYSTEM, UserError, encode_steps, find_steps, split_steps
+from data import SYSTEM, UserError, encode_steps, find_steps, split_steps, steps_of
 from model import ScalarModel, load_causal_lm, load_tokenizer, read_tensors
-from prm import FORMATS, Reader, find_format, load_reward_model, pad_steps, reward_tokenizer, score_steps
+from prm import FORMATS, Reader, find_format, load_reward_model, score_at
 
 QUESTION = "What is 2+3-1?"
 STEPS = ["First, 2+3=5.", "Then 5-1=4.\n\nSo it is 4.", "In all: ½·8 = 4, 中文 🍎.", "The answer is 4."]
@@ -32,15 +25,15 @@ CORPUS = [QUESTION, *STEPS, ".\n", ".\n", "a.\n\nb.\n\nc\n\n", "?\n", "user\n", 
 WINDOW, POSITIONS = 200, 512
 
 
-def row(question: str, response: str, cuts: list[int], truncated: bool = False) -> dict:
-    return {"question": question, "response": response, "cuts": cuts, "truncated": truncated}
+def row(question: str, response: str, char_ends: list[int], truncated: bool = False) -> dict:
+    return {"question": question, "response": response, "char_ends": char_ends, "truncated": truncated}
 
 
 def answer(*steps: str, question: str = QUESTION, separator: str = "\n\n") -> dict:
     """A finished answer of these steps."""
-    cuts = [len(separator.join(steps[:k]) + separator) for k in range(1, len(steps))]
+    char_ends = [len(separator.join(steps[:k]) + separator) for k in range(1, len(steps))]
     text = separator.join(steps)
-    return row(question, text, cuts + [len(text)] * bool(steps))
+    return row(question, text, char_ends + [len(text)] * bool(steps))
 
 
 ROW = answer(*STEPS)
@@ -79,7 +72,8 @@ LLAMA_CHAT = r"""{{- bos_token }}
 {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"""
 
 LLAMA_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
 )
 
 
@@ -90,7 +84,8 @@ def byte_level(split: str = LLAMA_SPLIT) -> Tokenizer:
     tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), byte])
     tok.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tok.train_from_iterator(CORPUS * 3, trainers.BpeTrainer(vocab_size=340, initial_alphabet=alphabet, show_progress=False))
+    trainer = trainers.BpeTrainer(vocab_size=340, initial_alphabet=alphabet, show_progress=False)
+    tok.train_from_iterator(CORPUS * 3, trainer)
     return tok
 
 
@@ -100,7 +95,7 @@ def qwen_tokenizer(*more: str):
     tok = Qwen2Tokenizer(
         vocab=bpe["vocab"], merges=[tuple(pair) for pair in bpe["merges"]], unk_token=None, bos_token=None,
         eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=["<|im_start|>", *more],
-    )  # fmt: skip
+    )
     tok.chat_template = QWEN_CHAT
     return tok
 
@@ -129,7 +124,7 @@ def shape(tokenizer, **more) -> dict:
     return dict(
         vocab_size=-(-len(tokenizer) // 8) * 8, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=POSITIONS, rms_norm_eps=1e-5, **more,
-    )  # fmt: skip
+    )
 
 
 def random_weights(model, seed: int) -> dict:
@@ -167,7 +162,7 @@ def make_qwen(path):
     config = Qwen2Config(**shape(tok, tie_word_embeddings=False, rope_theta=10000.0, eos_token_id=tok.eos_token_id))
     weights = random_weights(AutoModelForCausalLM.from_config(config), seed=1)
     head = random_tensors(2, **{"score.0.weight": (32, 32), "score.0.bias": (32,), "score.2.weight": (2, 32),
-                                "score.2.bias": (2,)})  # fmt: skip
+                                "score.2.bias": (2,)})
     first, second = {}, dict(head)  # whose parts lie in both
     for i, (name, x) in enumerate(weights.items()):
         (first if i < 15 else second)[name] = x
@@ -203,7 +198,8 @@ def make_skywork(path):
 
 def make_trl(path, labels: int = 2, **more):
     tok = qwen_tokenizer()
-    config = Qwen2Config(**shape(tok, tie_word_embeddings=False, eos_token_id=tok.eos_token_id, num_labels=labels, **more))
+    more |= dict(tie_word_embeddings=False, eos_token_id=tok.eos_token_id, num_labels=labels)
+    config = Qwen2Config(**shape(tok, **more))
     model = AutoModelForTokenClassification.from_config(config)
     random_weights(model, seed=7)
     model.save_pretrained(path)
@@ -211,13 +207,19 @@ def make_trl(path, labels: int = 2, **more):
     return path
 
 
-MAKERS = {"qwen": make_qwen, "shepherd": make_shepherd, "rlhflow": make_rlhflow, "skywork": make_skywork, "trl": make_trl}
+MAKERS = {
+    "qwen": make_qwen, "shepherd": make_shepherd, "rlhflow": make_rlhflow, "skywork": make_skywork, "trl": make_trl,
+}
 HEADS = {
     "qwen": ["score.0.weight", "score.0.bias", "score.2.weight", "score.2.bias"],
     "skywork": ["v_head.summary.weight", "v_head.summary.bias"],
     "trl": ["score.weight"],
 }
 KINDS = pytest.mark.parametrize("kind", MAKERS)
+
+
+def load(path: str, kind: str) -> tuple[ScalarModel, Reader]:
+    return load_reward_model(path, format=kind), Reader(path, kind, "{question}")
 
 
 @pytest.fixture(scope="session")
@@ -229,16 +231,11 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="session")
 def loaded(folders):
     """Of each kind the model and its reader."""
-    return {kind: (load_reward_model(path, format=kind), Reader(path, kind, "{question}")) for kind, path in folders.items()}
+    return {kind: load(path, kind) for kind, path in folders.items()}
 
 
 def scores(model, read, rows: list[dict], budget: int = 1 << 20) -> list[list[float]]:
-    """As train.py gets them: the scores of each answer's steps."""
-    batch, ends = read(rows)
-    places, mask = pad_steps(ends)
-    out = score_steps(model, batch, places, batch.plans([list(range(len(rows)))], budget)[0], "cpu")
-    assert out.dtype == torch.float32 and out.shape == mask.shape
-    return [s[m].tolist() for s, m in zip(out, mask)]
+    return score_at(model, read(rows), budget, "cpu")
 
 
 def copied(folder: str, path, change=None, **config) -> str:
@@ -353,15 +350,15 @@ def by_trl(path, question, steps, separator="\n"):
 
 AUTHORS = {
     "qwen": by_qwen, "shepherd": by_shepherd, "rlhflow": by_rlhflow, "skywork": by_skywork_steps, "trl": by_trl,
-}  # fmt: skip
+}
 
 
 # ------------------------------------------------------------------------------------------------ what a model reads
 
 GOLDEN = {
     "qwen": "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
-    "<|im_start|>user\nWhat is 2+3-1?<|im_end|>\n<|im_start|>assistant\nFirst, 2+3=5.<extra_0>Then 5-1=4.\n\nSo it is 4."
-    "<extra_0>In all: ½·8 = 4, 中文 🍎.<extra_0>The answer is 4.<extra_0><|im_end|>\n",
+    "<|im_start|>user\nWhat is 2+3-1?<|im_end|>\n<|im_start|>assistant\nFirst, 2+3=5.<extra_0>"
+    "Then 5-1=4.\n\nSo it is 4.<extra_0>In all: ½·8 = 4, 中文 🍎.<extra_0>The answer is 4.<extra_0><|im_end|>\n",
     "shepherd": "<s> What is 2+3-1? Step 1: First, 2+3=5. ки\nStep 2: Then 5-1=4.\n\nSo it is 4. ки\n"
     "Step 3: In all: ½·8 = 4, 中文 🍎. ки\nStep 4: The answer is 4. ки",
     "rlhflow": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
@@ -372,17 +369,17 @@ GOLDEN = {
     "In all: ½·8 = 4, 中文 🍎.<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n+<|eot_id|>"
     "<|start_header_id|>user<|end_header_id|>\n\nThe answer is 4.<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n+<|eot_id|>",
-    "skywork": "<|endoftext|>What is 2+3-1?\nFirst, 2+3=5.\n\nThen 5-1=4.\n\nSo it is 4.\n\nIn all: ½·8 = 4, 中文 🍎.\n\n"
-    "The answer is 4.\n",
+    "skywork": "<|endoftext|>What is 2+3-1?\nFirst, 2+3=5.\n\nThen 5-1=4.\n\nSo it is 4.\n\n"
+    "In all: ½·8 = 4, 中文 🍎.\n\nThe answer is 4.\n",
     "trl": "What is 2+3-1?First, 2+3=5.\nThen 5-1=4.\n\nSo it is 4.\nIn all: ½·8 = 4, 中文 🍎.\nThe answer is 4.\n",
-}  # fmt: skip
+}
 MARKS = {"qwen": "<extra_0>", "shepherd": "▁ки", "rlhflow": "ĊĊ", "skywork": "Ċ", "trl": "Ċ"}
 
 
 def sequence(read, one: dict) -> tuple[list[int], list[int]]:
     """What a reader makes of an answer: all ids, and the indices of the marks among them."""
-    batch, ends = read([one])
-    return batch.prompts[0] + batch.responses[0], [len(batch.prompts[0]) + end for end in ends[0]]
+    (reading,) = read([one])
+    return reading.ids, reading.positions
 
 
 def text_of(read, ids: list[int]) -> str:
@@ -410,7 +407,8 @@ def test_newlines_are_encoded_apart_where_the_authors_did_so(loaded):
         ids, marks = sequence(read, ROW)
         tokens = read.tokenizer.convert_ids_to_tokens(ids)
         assert tokens[marks[0] - 1] == "." and tokens[marks[0] : marks[0] + len(ends)] == ends
-    assert text_of(loaded["skywork"][1], sequence(loaded["skywork"][1], answer("a"))[0]) == f"<|endoftext|>{QUESTION}\na\n"
+    read = loaded["skywork"][1]
+    assert text_of(read, sequence(read, answer("a"))[0]) == f"<|endoftext|>{QUESTION}\na\n"
 
 
 def test_a_model_that_begins_its_texts_begins_them_once(loaded):
@@ -454,7 +452,6 @@ def test_scores_are_those_of_the_authors_code_on_transformers_own_model(kind, lo
     expected = AUTHORS[kind](folders[kind], QUESTION, STEPS)
     assert len(expected) == 4 and max(expected) - min(expected) > 0.02 and 0.01 < min(expected) < max(expected) < 0.99
     assert scores(*loaded[kind], [ROW])[0] == pytest.approx(expected, abs=1e-5)
-    assert load_reward_model(folders[kind], format=kind).format == kind
 
 
 @KINDS
@@ -482,14 +479,14 @@ def test_answers_together_are_scored_as_one_by_one(kind, budget, loaded):
 def test_answers_without_steps_have_no_scores(kind, loaded):
     nothing = [row(QUESTION, "", []), row(QUESTION, "First, 2+", [], truncated=True)]
     assert scores(*loaded[kind], nothing) == [[], []] and scores(*loaded[kind], nothing[:1]) == [[]]
-    batch, ends = loaded[kind][1]([])
-    assert ends == [] and batch.mask.shape == (0, 0)
+    assert scores(*loaded[kind], []) == []
 
 
 @KINDS
 def test_what_follows_the_last_complete_step_is_not_read(kind, loaded):
     whole = answer(*STEPS[:2])
-    cut = row(QUESTION, "\n\n".join(STEPS[:2]) + "\n\nThe answ", [*whole["cuts"][:1], whole["cuts"][1] + 2], truncated=True)
+    ends = [whole["char_ends"][0], whole["char_ends"][1] + 2]
+    cut = row(QUESTION, "\n\n".join(STEPS[:2]) + "\n\nThe answ", ends, truncated=True)
     assert scores(*loaded[kind], [cut])[0] == pytest.approx(scores(*loaded[kind], [whole])[0], abs=1e-6)
 
 
@@ -517,10 +514,10 @@ def test_a_bos_token_of_the_tokenizers_own_goes_before_the_configurations(folder
     tok = load_tokenizer(folder)
     tok.bos_token = "<|im_start|>"
     tok.save_pretrained(folder)
-    assert reward_tokenizer(folders["skywork"], "skywork").bos_token == "<|endoftext|>"
+    assert Reader(folders["skywork"], "skywork", "{question}").tokenizer.bos_token == "<|endoftext|>"
     expected = by_skywork(folder, QUESTION, STEPS[0], bos="<|im_start|>")
-    got = scores(load_reward_model(folder, format="skywork"), Reader(folder, "skywork", "{question}"), [answer(STEPS[0])])
-    assert got[0] == pytest.approx(expected, abs=1e-5)
+    model, read = load(folder, "skywork")
+    assert scores(model, read, [answer(STEPS[0])])[0] == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_score_of_exactly_0_is_a_score(folders, tmp_path):
@@ -528,20 +525,20 @@ def test_a_score_of_exactly_0_is_a_score(folders, tmp_path):
     weight, bias = HEADS["skywork"]
     sharp = lambda w: {weight: w[weight] * 1e5, bias: (w[bias] - (logits[2] + logits[3]) / 2) * 1e5}
     folder = copied(folders["skywork"], tmp_path / "sharp", sharp)
-    model, read = load_reward_model(folder, format="skywork"), Reader(folder, "skywork", "{question}")
+    model, read = load(folder, "skywork")
     found = scores(model, read, [answer(*"123456", separator="\n"), answer("1")])
     assert sorted(found[0]) == [0.0] * 3 + [1.0] * 3 and found[1] == found[0][:1]
     assert found[0] == by_skywork(folder, QUESTION, "1\n2\n3\n4\n5\n6")
     for kind, new in (("trl", {"score.bias": [200.0, -200.0]}), ("qwen", {"score.2.bias": [400.0, -200.0]})):
         change = {name: torch.tensor(x) for name, x in new.items()}
         folder = copied(folders[kind], tmp_path / kind, lambda _, change=change: change)
-        found = scores(load_reward_model(folder, format=kind), Reader(folder, kind, "{question}"), [ROW, answer("1")])
+        found = scores(*load(folder, kind), [ROW, answer("1")])
         assert found == [[0.0] * 4, [0.0]]
 
 
 def test_a_classifier_without_a_bias_is_scored_as_transformers_does(tmp_path):
     folder = str(make_trl(tmp_path / "m", token_classification_bias=False))
-    got = scores(load_reward_model(folder), Reader(folder, "trl", "{question}"), [ROW])
+    got = scores(*load(folder, "trl"), [ROW])
     assert "score.bias" not in tensors_of(folder) and got[0] == pytest.approx(by_trl(folder, QUESTION, STEPS), abs=1e-5)
 
 
@@ -562,8 +559,7 @@ NESTED = {
 
 
 def stand_behind_their_steps(kind, read, one: dict) -> None:
-    steps = [one["response"][a:b] for a, b in zip([0, *one["cuts"]], one["cuts"])]
-    ids, marks = sequence(read, one)
+    steps, (ids, marks) = steps_of(one), sequence(read, one)
     assert len(marks) == len(steps) and marks == sorted(set(marks))
     assert read.tokenizer.convert_ids_to_tokens([ids[m] for m in marks]) == [MARKS[kind]] * len(steps)
     words = [next((w for w in ("First", "Second", "Last") if w in step), None) for step in steps]
@@ -587,7 +583,8 @@ def test_what_is_left_of_a_mark_around_a_mark_is_no_mark(kind, loaded):
 
 @KINDS
 def test_a_question_that_holds_a_mark_does_not_move_the_marks(kind, loaded):
-    for question in ("Is <extra_0> a mark?", "Сколько ки? ки", "<|eot_id|>\n\n+", "a\n\nb\n", "<extra_<extra_0>0>", "ккии"):
+    nested = "<extra_<extra_0>0>", "ккии"
+    for question in ("Is <extra_0> a mark?", "Сколько ки? ки", "<|eot_id|>\n\n+", "a\n\nb\n", *nested):
         stand_behind_their_steps(kind, loaded[kind][1], answer("First.", "Second", "Last.", question=question))
 
 
@@ -620,7 +617,6 @@ def test_formats_are_found_by_name_and_by_files(folders, tmp_path):
 def test_the_format_that_is_asked_for_wins(folders, tmp_path):
     assert find_format(folders["trl"], "skywork") == "skywork"
     assert find_format(only_config(tmp_path / NAMES["rlhflow"][0], "LlamaForCausalLM"), "shepherd") == "shepherd"
-    assert load_reward_model(folders["skywork"], format="skywork").format == "skywork"
 
 
 def test_an_unknown_model_is_asked_for_its_format_in_one_line(folders, tmp_path):
@@ -629,7 +625,7 @@ def test_an_unknown_model_is_asked_for_its_format_in_one_line(folders, tmp_path)
             message = refusal(partial(call, path), path, "--prm-format")
             assert all(name in message for name in MAKERS)
     (tmp_path / "empty").mkdir()
-    refusal(lambda: find_format(str(tmp_path / "empty")), "config.json")
+    refusal(lambda: find_format(str(tmp_path / "empty")), "empty", "configuration")
 
 
 def test_a_model_that_was_trained_here_is_known_by_its_head(folders, tmp_path):
@@ -659,25 +655,20 @@ def test_an_answer_that_is_too_long_for_the_model_is_one_line(kind, loaded, fold
 def test_a_reward_model_is_no_policy(kind, folders, tmp_path):
     refusal(lambda: load_causal_lm(folders[kind]), folders[kind])
     tied = lambda w: {"lm_head.weight": None} if "lm_head.weight" in w else {}
-    folder = copied(folders[kind], tmp_path / "tied", tied, tie_word_embeddings=True)  # where no output layer is missing
+    # where no output layer is missing
+    folder = copied(folders[kind], tmp_path / "tied", tied, tie_word_embeddings=True)
     refusal(lambda: load_causal_lm(folder), folder, "a reward model")
     assert load_causal_lm(folder, headless=True).config.tie_word_embeddings
-
-
-@pytest.mark.parametrize("kind", HEADS)
-def test_weights_without_a_head_are_refused(kind, folders, tmp_path):
-    folder = copied(folders[kind], tmp_path / "m", lambda w: {k: None for k in w if k.startswith(("score.", "v_head."))})
-    refusal(lambda: load_reward_model(folder, format=kind), folder, HEADS[kind][0].split(".")[0] + ".")
 
 
 @pytest.mark.parametrize("kind, name", [(kind, name) for kind, names in HEADS.items() for name in names])
 def test_weights_with_a_part_of_a_head_are_refused(kind, name, folders, tmp_path):
     folder = copied(folders[kind], tmp_path / "m", lambda w: {name: None})
-    refusal(lambda: load_reward_model(folder, format=kind), folder)
+    refusal(lambda: load_reward_model(folder, format=kind), folder, name)
 
 
 @pytest.mark.parametrize("kind, asked", [("qwen", "trl"), ("trl", "qwen"), ("trl", "skywork"), ("skywork", "trl"),
-                                         ("shepherd", "qwen"), ("rlhflow", "skywork")])  # fmt: skip
+                                         ("shepherd", "qwen"), ("rlhflow", "skywork")])
 def test_a_format_that_the_weights_are_not_of_is_refused(kind, asked, folders):
     refusal(lambda: load_reward_model(folders[kind], format=asked), folders[kind])
 
@@ -728,8 +719,7 @@ def test_no_code_of_a_folder_is_run(kind, folders, loaded, tmp_path, monkeypatch
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings["auto_map"] = {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    model, read = load_reward_model(str(folder), format=kind), Reader(str(folder), kind, "{question}")
-    assert scores(model, read, [ROW])[0] == pytest.approx(scores(*loaded[kind], [ROW])[0], abs=1e-6)
+    assert scores(*load(str(folder), kind), [ROW])[0] == pytest.approx(scores(*loaded[kind], [ROW])[0], abs=1e-6)
     config = json.loads((folder / "config.json").read_text()) | {"model_type": "of_its_own"}
     (folder / "config.json").write_text(json.dumps(config))
     refusal(lambda: load_reward_model(str(folder), format=kind), str(folder))
@@ -771,7 +761,7 @@ def policy_tokenizer(*pieces: str):
 
 CROSSING = [  # tokens of a policy, what separates steps, and the steps
     (["First, 2+", "3=5.\n\nThe", "n 5-1=", "4.\n\nSo", " 4", "."], "\n\n", ["First, 2+3=5.", "Then 5-1=4.", "So 4."]),
-    (["First, 2+3=5.", "\n", "\n", "\nThen", " 中文.\n", "🍎"], "\n", ["First, 2+3=5.", "Then 中文.", "🍎"]),
+    (["First, 2+3=5.", "\n", "\n", "\nThen", " 中文.\n", "🍎4"], "\n", ["First, 2+3=5.", "Then 中文.", "🍎4"]),
     (["First", "\nThen\n", "4"], "\n", ["First\nThen", "4"]),  # a token ends two steps, which count as one
     (["First, 2+3=5.\nThen 4.\n"], "\n", ["First, 2+3=5.\nThen 4."]),
 ]
@@ -781,9 +771,9 @@ CROSSING = [  # tokens of a policy, what separates steps, and the steps
 @pytest.mark.parametrize("pieces, separator, steps", CROSSING)
 def test_scores_go_to_the_steps_of_a_policy_with_another_tokenizer(kind, pieces, separator, steps, loaded, folders):
     tok, ids = policy_tokenizer(*pieces)
-    text, cuts, ends = find_steps(tok, ids, separator, truncated=False)
-    assert text == "".join(pieces) and len(cuts) == len(ends) == len(steps)
-    one = row(QUESTION, text, cuts) | {"ids": ids, "ends": ends}
+    text, char_ends, token_ends = find_steps(tok, ids, separator, truncated=False)
+    assert text == "".join(pieces) and len(char_ends) == len(token_ends) == len(steps)
+    one = row(QUESTION, text, char_ends) | {"ids": ids, "token_ends": token_ends}
     if kind == "skywork":
         lines, k = text.split("\n"), 0
         found, expected = by_skywork(folders[kind], QUESTION, text), []
@@ -814,11 +804,12 @@ def test_a_model_trained_here_reads_another_policys_answers_by_their_characters(
     model.save(reads, tmp_path / "m")
     for pieces, separator, _ in CROSSING[:3]:
         tok, ids = policy_tokenizer(*pieces)
-        text, cuts, ends = find_steps(tok, ids, separator, truncated=False)
-        one = row(QUESTION, text, cuts) | {"ids": ids, "ends": ends}
+        text, char_ends, token_ends = find_steps(tok, ids, separator, truncated=False)
+        one = row(QUESTION, text, char_ends) | {"ids": ids, "token_ends": token_ends}
         read = Reader(str(tmp_path / "m"), "own", "{question}", tok)
-        (response,), (places,) = read([one])[0].responses, read([one])[1]
-        assert read.tokenizer.decode(response) == text + "<|im_end|>" and places[-1] == len(response) - 1
-        for cut, place in zip(cuts[:-1], places):  # the first token after which the step is complete
-            whole, less = (read.tokenizer.decode(response[:n]) for n in (place + 1, place))
-            assert whole.startswith(text[:cut]) and not less.startswith(text[:cut])
+        (reading,) = read([one])
+        P, response = reading.prompt_length, reading.ids[reading.prompt_length :]
+        assert read.tokenizer.decode(response) == text + "<|im_end|>" and reading.positions[-1] == len(reading.ids) - 1
+        for end, position in zip(char_ends[:-1], reading.positions):  # the first token after which the step is complete
+            whole, less = (read.tokenizer.decode(response[:n]) for n in (position - P + 1, position - P))
+            assert whole.startswith(text[:end]) and not less.startswith(text[:end])

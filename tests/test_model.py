@@ -1,51 +1,49 @@
-"""Packed rows and cached decoding equal transformers' own padded model; the scalar head, the folders and Muon."""
+"""Packed rows, cached decoding and log-probabilities equal transformers' own padded model; scalar heads and folders."""
 
-import copy
 import json
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+import model as model_file
 from data import UserError, toy_tokenizer
+from helpers import close, model_terms, tolerance
 from model import (
-    ATTENTION,
-    Decode,
-    KVCache,
-    Muon,
-    Packed,
-    ScalarModel,
-    checkpoint_layers,
-    eos_ids,
-    fuse,
-    load_causal_lm,
-    load_tokenizer,
-    side_by_side,
-    toy_model,
+    ATTENTION, Decode, KVCache, Packed, Policy, ScalarModel, attention, checkpoint_layers, eos_ids, hidden_states,
+    load_causal_lm, load_tokenizer, score_logps, score_values, side_by_side, token_logps, toy_model,
 )
+from rollout import Batch
 
 VOCAB = 40
-CONFIG = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-              max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=None)  # fmt: skip
+CONFIG = dict(
+    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+)
 KINDS = {
-    "qwen2": lambda **more: Qwen2Config(**CONFIG, num_key_value_heads=4, tie_word_embeddings=True, **more),
-    "qwen2 gqa": lambda **more: Qwen2Config(**CONFIG, num_key_value_heads=1, tie_word_embeddings=True, **more),
-    "llama gqa": lambda **more: LlamaConfig(**CONFIG, num_key_value_heads=2, tie_word_embeddings=False, **more),
-    "qwen3 gqa": lambda **more: Qwen3Config(**CONFIG, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, **more),
-    "mistral": lambda **more: MistralConfig(**CONFIG, num_key_value_heads=2, sliding_window=None, **more),
+    "qwen2": (Qwen2Config, dict(num_key_value_heads=4, tie_word_embeddings=True)),
+    "qwen2 gqa": (Qwen2Config, dict(num_key_value_heads=1, tie_word_embeddings=True)),
+    "llama gqa": (LlamaConfig, dict(num_key_value_heads=2, tie_word_embeddings=False)),
+    "qwen3 gqa": (Qwen3Config, dict(num_key_value_heads=2, head_dim=16, tie_word_embeddings=True)),
+    "mistral": (MistralConfig, dict(num_key_value_heads=2, sliding_window=None)),
 }
-LENGTHS = {"unequal, unsorted": [5, 2, 9, 1, 4], "equal": [6, 6, 6], "runs": [3, 3, 7, 3, 3, 3, 7, 7], "one": [8]}
+
+
+def config_of(kind: str, **more):
+    config, settings = KINDS[kind]
+    return config(**CONFIG, **settings, **more)
 
 
 def tiny(kind: str, seed: int = 0):
     """transformers' own model with random weights, biases and norms included, and ours with the same weights."""
-    stock = AutoModelForCausalLM.from_config(KINDS[kind](), attn_implementation="eager").eval()
+    stock = AutoModelForCausalLM.from_config(config_of(kind), attn_implementation="eager").eval()
     torch.manual_seed(seed)
     for name, p in stock.named_parameters():
         p.data = torch.randn_like(p) * 0.3 + ("norm" in name)
-    ours = fuse(AutoModelForCausalLM.from_config(KINDS[kind](), attn_implementation=ATTENTION)).eval()
+    ours = AutoModelForCausalLM.from_config(config_of(kind), attn_implementation=ATTENTION).eval()
     ours.load_state_dict(stock.state_dict())
     return stock, ours
 
@@ -55,12 +53,13 @@ def random_sequences(lengths, seed=0):
     return [torch.randint(2, VOCAB, (n,), generator=generator).tolist() for n in lengths]
 
 
-def padded(model, sequences, **more):
-    """(N, V) logits of the tokens of all sequences by one padded forward with a mask."""
+def padded(model, sequences):
+    """Logits (N, V) and last hidden states (N, H) of the tokens of all sequences by one padded forward with a mask."""
     ids, mask = torch.zeros(2, len(sequences), max(map(len, sequences)), dtype=torch.long)
     for i, s in enumerate(sequences):
         ids[i, : len(s)], mask[i, : len(s)] = torch.tensor(s), 1
-    return model(input_ids=ids, attention_mask=mask, **more).logits[mask.bool()]
+    out = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+    return out.logits[mask.bool()], out.hidden_states[-1][mask.bool()]
 
 
 def forward(model, ids, seqs):
@@ -84,36 +83,79 @@ def test_the_layout_of_a_packed_row():
     assert packed.is_response.tolist() == [False, True, True, False, True, False, False]
 
 
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("lengths", [[5, 2, 9, 1, 4], [3, 3, 7, 3, 3, 3, 7, 7], [8]], ids=["unequal", "runs", "one"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_logits_and_gradients_are_those_of_the_padded_model(kind, lengths):
     stock, ours = tiny(kind)
-    sequences = random_sequences(lengths)
-    expected, got = padded(stock, sequences), packed_forward(ours, Packed(sequences))
+    sequences, terms = random_sequences(lengths), model_terms(ours.config, max(lengths))
+    (expected, _), got = padded(stock, sequences), packed_forward(ours, Packed(sequences))
     assert expected.std() > 0.5  # no triviality
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+    close(got, expected, terms)
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
     (expected * weights).sum().backward()
     (got * weights).sum().backward()
-    compared = 0
+    biases = 0
     for (name, p), q in zip(stock.named_parameters(), ours.parameters(), strict=True):
-        assert (p.grad - q.grad).norm() <= 1e-4 * p.grad.norm(), name
-        compared += "bias" in name
-    assert compared == (6 if "qwen2" in kind else 0)
+        assert (p.grad - q.grad).norm() <= tolerance(2 * terms, p.grad.norm()), name
+        biases += "bias" in name
+    assert biases == (6 if "qwen2" in kind else 0)
+
+
+def test_a_packed_sequence_sees_no_neighbour():
+    _, ours = tiny("llama gqa")
+    a, b, c = random_sequences([4, 6, 6])
+    together, alone = packed_forward(ours, Packed([a, b, c])), packed_forward(ours, Packed([b]))
+    close(together[4:10], alone, model_terms(ours.config, 6))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_fused_parts_leave_the_weights_and_other_attention_alone(kind):
+@torch.no_grad()
+def test_decoding_with_the_cache_is_the_full_forward_at_each_step(kind):
     stock, ours = tiny(kind)
-    assert any("forward" in m.__dict__ for m in ours.modules()) and list(ours.state_dict()) == list(stock.state_dict())
-    prompt = torch.tensor(random_sequences([7]))
-    for model in (ours, copy.deepcopy(ours)):  # a copy's forwards are bound to the copy
-        model.set_attn_implementation("eager")
-        greedy = dict(do_sample=False, max_new_tokens=6, attention_mask=torch.ones_like(prompt))
-        assert model.generate(prompt, **greedy).tolist() == stock.generate(prompt, **greedy).tolist()
-    for p in model.parameters():
-        p.data.zero_()
-    torch.testing.assert_close(ours(prompt).logits, stock(prompt).logits, atol=1e-5, rtol=0)
+    prompts, steps, terms = random_sequences([5, 2, 7, 2]), 6, model_terms(ours.config, 16)
+    owner = [0, 1, 2, 3, 0, 2]  # of each slot: the last two are copies of the first and the third
+    going_on = torch.tensor(random_sequences([steps] * 6, seed=1))
+    full = [stock(input_ids=torch.tensor([prompts[i] + going_on[s].tolist()])).logits[0] for s, i in enumerate(owner)]
+
+    cache = KVCache(ours.config, 7, 16, torch.float32, "cpu")
+    cache.k += 3.0  # what other samples left behind must not matter
+    cache.v += 3.0
+    order = [2, 0, 3, 1]
+    packed = Packed([prompts[i] for i in order], cache=cache, slots=torch.tensor(order))
+    prefill = packed_forward(ours, packed)[packed.last]
+    close(prefill, torch.stack([full[i][len(prompts[i]) - 1] for i in order]), terms)
+    cache.v[:, 0, :, 7] = 4.0
+    cache.copy(torch.tensor([0, 2]), torch.tensor([4, 5]), 7)
+    assert (cache.k[:, 6] == 3).all() and (cache.k[:, 1, :, 2:] == 3).all() and (cache.v[:, 4, :, 7] == 3).all()
+
+    lengths = torch.tensor([len(prompts[i]) for i in owner])
+    for t in range(steps):
+        window = int(lengths.max()) + 1 if t % 2 else 16  # keys beyond the longest are masked, whatever they hold
+        got = forward(ours, going_on[:, t, None], Decode(cache, lengths, window))[:, 0]
+        close(got, torch.stack([full[s][length] for s, length in enumerate(lengths.tolist())]), terms)
+        lengths = lengths + 1
+
+
+def test_sequences_beyond_a_sliding_window_are_refused():
+    layers = ["full_attention", "sliding_attention"]
+    config = config_of("qwen2", use_sliding_window=True, sliding_window=4, layer_types=layers)
+    lm = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
+    packed_forward(lm, Packed(random_sequences([4, 3])))
+    with pytest.raises(UserError, match="attends to 4 tokens at a time, and sequences may have 5"):
+        packed_forward(lm, Packed(random_sequences([5, 3])))
+
+
+@pytest.mark.parametrize("module, more", [(SimpleNamespace(sinks=1), {}), (SimpleNamespace(), {"softcap": 50.0})])
+def test_attention_sinks_and_softcaps_are_refused(module, more):
+    with pytest.raises(UserError, match="softcaps or attention sinks"):
+        attention(module, *torch.ones(3, 1, 1, 2, 4), None, seqs=Packed([[2, 3]]), **more)
+
+
+def test_a_model_with_another_attention_is_refused():
+    stock, ours = tiny("qwen2")
+    hidden_states(ours, Packed([[2, 3]]))
+    with pytest.raises(UserError, match="not loaded by model.load_causal_lm"):
+        hidden_states(stock, Packed([[2, 3]]))
 
 
 def test_checkpointed_layers_keep_less_and_give_the_same_gradient():
@@ -127,7 +169,7 @@ def test_checkpointed_layers_keep_less_and_give_the_same_gradient():
     plain, less = tiny("llama gqa")[1], tiny("llama gqa")[1]
     checkpoint_layers(less)
     (expected, much), (got, little) = backward(plain), backward(less)
-    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
+    close(got, expected, 2 * model_terms(plain.config, 9))
     assert little < much / 3
 
 
@@ -144,49 +186,88 @@ def test_jobs_side_by_side_share_the_threads_and_keep_their_order():
         torch.set_num_threads(1)
 
 
-def test_a_packed_sequence_sees_no_neighbour():
-    _, ours = tiny("llama gqa")
-    a, b, c = random_sequences([4, 6, 6])
-    together, alone = packed_forward(ours, Packed([a, b, c])), packed_forward(ours, Packed([b]))
-    torch.testing.assert_close(together[4:10], alone, atol=1e-5, rtol=0)
+# ------------------------------------------------------------------------------------------------ log-probabilities
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def plain_logps(logits, targets, temperature):
+    """Log-probabilities of the targets (N,) and entropies (N,) from logits (N, V), as a textbook has them."""
+    p = (logits / temperature).softmax(-1)
+    return p[range(len(targets)), targets].log(), -(p * p.log()).sum(-1)
+
+
+def a_batch(seed=0):
+    prompts, responses = random_sequences([3, 1, 4, 2, 1], seed), random_sequences([2, 6, 1, 4, 6], seed + 1)
+    batch = Batch(prompts, responses, torch.zeros(5, dtype=torch.bool))
+    starts = Packed([p + r for p, r in zip(prompts, responses)]).starts
+    spans = [range(at + len(p) - 1, at + len(p) + len(r) - 1) for at, p, r in zip(starts, prompts, responses)]
+    return batch, torch.tensor([i for span in spans for i in span])  # what predicts the response tokens, row by row
+
+
+@pytest.mark.parametrize("kind, temperature", [("qwen2 gqa", 1.0), ("qwen2 gqa", 0.7), ("llama gqa", 1.6)])
 @torch.no_grad()
-def test_decoding_with_the_cache_is_the_full_forward_at_each_step(kind):
-    stock, ours = tiny(kind)
-    prompts, steps = random_sequences([5, 2, 7, 2]), 6
-    owner = [0, 1, 2, 3, 0, 2]  # of each slot: the last two are copies of the first and the third
-    going_on = torch.tensor(random_sequences([steps] * 6, seed=1))
-    full = [stock(input_ids=torch.tensor([prompts[i] + going_on[s].tolist()])).logits[0] for s, i in enumerate(owner)]
-
-    cache = KVCache(ours.config, 7, 16, torch.float32, "cpu")
-    cache.k += 3.0  # what other samples left behind must not matter
-    cache.v += 3.0
-    order = [2, 0, 3, 1]
-    packed = Packed([prompts[i] for i in order], cache=cache, slots=torch.tensor(order))
-    prefill = packed_forward(ours, packed)[packed.last]
-    torch.testing.assert_close(prefill, torch.stack([full[i][len(prompts[i]) - 1] for i in order]), atol=1e-5, rtol=0)
-    cache.v[:, 0, :, 7] = 4.0
-    cache.copy(torch.tensor([0, 2]), torch.tensor([4, 5]), 7)
-    assert (cache.k[:, 6] == 3).all() and (cache.k[:, 1, :, 2:] == 3).all() and (cache.v[:, 4, :, 7] == 3).all()
-
-    lengths = torch.tensor([len(prompts[i]) for i in owner])
-    for t in range(steps):
-        window = int(lengths.max()) + 1 if t % 2 else 16  # keys beyond the longest are masked, whatever they hold
-        seqs = Decode(cache, lengths, window)
-        got = forward(ours, going_on[:, t, None], seqs)[:, 0]
-        expected = torch.stack([full[s][length] for s, length in enumerate(lengths.tolist())])
-        torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
-        lengths = lengths + 1
+def test_scored_log_probabilities_and_entropies_are_those_of_the_padded_model(kind, temperature):
+    (stock, ours), (batch, predict_at) = tiny(kind), a_batch()
+    sequences = [p + r for p, r in zip(batch.prompts, batch.responses)]
+    logits = padded(stock, sequences)[0][predict_at]
+    targets = torch.tensor([i for r in batch.responses for i in r])
+    logp, entropy = plain_logps(logits, targets, temperature)
+    assert logp.std() > 0.5 and entropy.std() > 0.05  # the model is not so dull that anything would pass
+    size, terms = logits.abs().max() / temperature, model_terms(ours.config, 8) + VOCAB
+    policy, micro = Policy(ours), batch.pack([0, 1, 2, 3, 4], "cpu")
+    got = score_logps(policy, batch, batch.micro_batches([micro.rows], 12, "cpu")[0], temperature)
+    close(got[batch.mask], logp, terms, size)
+    assert (got[~batch.mask] == 0).all()
+    close(policy(micro.packed, micro.predict_at, micro.targets, temperature, entropy=True)[1], entropy, terms, size)
 
 
-def test_sliding_windows_are_refused():
-    layers = ["full_attention", "sliding_attention"]
-    config = KINDS["qwen2"](use_sliding_window=True, sliding_window=4, layer_types=layers)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
-    with pytest.raises(UserError, match="sliding windows"):
-        packed_forward(model, Packed(random_sequences([5, 3])))
+@torch.no_grad()
+def test_scored_values_end_with_that_behind_the_last_token():
+    (stock, ours), (batch, predict_at) = tiny("llama gqa"), a_batch()
+    critic = with_random_head(ours, likelihood=False)
+    sequences = [p + r for p, r in zip(batch.prompts, batch.responses)]
+    expected = critic.head(padded(stock, sequences)[1]).squeeze(1)
+    values, final = score_values(critic, batch, batch.micro_batches([[0, 1, 2, 3, 4]], 12, "cpu")[0])
+    close(values[batch.mask], expected[predict_at], model_terms(ours.config, 8))
+    close(final, expected[Packed(sequences).last], model_terms(ours.config, 8))
+    assert expected.std() > 0.5 and (values[~batch.mask] == 0).all()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 11], ids=lambda rows: f"{rows} rows at a time")
+@pytest.mark.parametrize("temperature, bias", [(1.0, False), (0.7, True)])
+def test_chunked_log_probabilities_and_gradients_are_those_of_one_log_softmax(monkeypatch, rows, temperature, bias):
+    N, H, V = 11, 6, 30
+    monkeypatch.setattr(model_file, "CHUNK", rows * V)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, b = (torch.randn(*n, generator=generator, requires_grad=True) for n in ((N, H), (V, H), (V,)))
+    targets, g = torch.randint(V, (N,), generator=generator), torch.randn(N, generator=generator)
+    inputs = [hidden, weight] + [b] * bias
+    logits = hidden @ weight.T + (b if bias else 0)
+    expected = plain_logps(logits, targets, temperature)
+    output = SimpleNamespace(weight=weight, bias=b if bias else None)
+    logp, entropy = token_logps(hidden, output, targets, temperature, entropy=True)
+    size = logits.abs().max().item() / temperature
+    close(logp, expected[0], H + V, size)
+    close(entropy, expected[1], H + V, size)
+    assert not entropy.requires_grad
+    for got, want in zip(torch.autograd.grad(logp, inputs, g), torch.autograd.grad(expected[0], inputs, g)):
+        close(got, want, 2 * (H + V) + N)
+    with torch.no_grad():
+        assert token_logps(hidden, output, targets)[1].tolist() == [0] * N  # no entropy, unless asked for
+
+
+def test_the_gradient_of_a_bfloat16_weight_is_summed_over_the_chunks_in_float32(monkeypatch):
+    N, H, V = 1024, 8, 6
+    monkeypatch.setattr(model_file, "CHUNK", V)  # one row at a time
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, H, generator=generator).bfloat16() for n in (N, V))
+    targets, gradients = torch.randint(V, (N,), generator=generator), []
+    for dtype in (torch.bfloat16, torch.float32):
+        w = weight.to(dtype, copy=True).requires_grad_()
+        token_logps(hidden.to(dtype), SimpleNamespace(weight=w, bias=None), targets)[0].sum().backward()
+        gradients.append(w.grad.float())
+    got, expected = gradients
+    # rounded twice, the logits' gradient and the whole sum; a sum rounded with each of its rows would be far off
+    assert (got - expected).norm() <= tolerance(1, expected.norm(), torch.bfloat16)
 
 
 # ------------------------------------------------------------------------------------------------ the scalar head
@@ -221,7 +302,8 @@ def test_a_value_is_the_head_of_the_stock_hidden_state_and_of_the_lowest_log_pro
     assert lowest_seen[:3] == [0, 0, 0] and len(set(lowest_seen[3:9])) > 1 and lowest_seen[13:17] == [0, 0, 0, 0]
     got = model(Packed(sequences, prompt_lengths=prompt_lengths))
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got, torch.tensor(expected), atol=2e-5, rtol=0)
+    # the log-probability has a sum over the vocabulary more, and its weight may enlarge its error
+    close(got, expected, 2 * (model_terms(ours.config, 9) + VOCAB))
 
 
 @pytest.mark.parametrize("likelihood", [False, True])
@@ -294,7 +376,8 @@ def test_tokenizers_without_eos_or_with_another_vocabulary_are_refused(tmp_path)
     tok = toy_tokenizer()
     tok.save_pretrained(tmp_path)
     assert load_tokenizer(str(tmp_path)).get_vocab() == tok.get_vocab()
-    KINDS["qwen2"]().save_pretrained(tmp_path)  # beside which AutoTokenizer would split like Qwen's, and lose the newline
+    # beside this configuration AutoTokenizer would split like Qwen's, and lose the newline
+    config_of("qwen2").save_pretrained(tmp_path)
     assert load_tokenizer(str(tmp_path)).encode("b4\n####") == tok.encode("b4\n####") != []
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     del settings["eos_token"]
@@ -308,40 +391,3 @@ def test_eos_ids_are_those_of_the_generation_config_and_of_the_tokenizer():
     for configured, expected in ((None, [1]), (1, [1]), (5, [1, 5]), ([7, 1, 4], [1, 4, 7])):
         model.generation_config.eos_token_id = configured
         assert eos_ids(model, tok) == expected
-
-
-# ------------------------------------------------------------------------------------------------ Muon
-
-SHAPES = [(16, 48), (48, 16), (40, 24), (16, 48)]  # two of one shape, which go together
-
-
-def muon_steps(optimizer, params, steps):
-    """The changes (steps, params) under random gradients, the same in each call."""
-    generator, changes = torch.Generator().manual_seed(0), []
-    for _ in range(steps):
-        before = [p.detach().clone() for p in params]
-        for p in params:
-            p.grad = torch.randn(p.shape, generator=generator)
-        optimizer.step()
-        changes.append([b - p.detach() for b, p in zip(before, params)])
-    return changes
-
-
-def test_muons_update_is_near_orthogonal_and_of_rms_a_fifth_of_the_rate():
-    params = [torch.nn.Parameter(torch.zeros(s)) for s in SHAPES]
-    for changes in muon_steps(Muon(params, lr=0.1, weight_decay=0.0), params, 3):
-        for u in changes:
-            singular = torch.linalg.svdvals(u)
-            scale = 0.2 * 0.1 * max(u.shape) ** 0.5
-            assert 0.5 < singular.min() / scale and singular.max() / scale < 1.5
-            assert u.square().mean().sqrt() == pytest.approx(0.2 * 0.1, rel=0.25)
-    assert not torch.equal(changes[0], changes[3])  # each of the two has its own update
-
-
-def test_muon_is_torchs_muon_but_for_its_bfloat16():
-    start = [torch.randn(s, generator=torch.Generator().manual_seed(5)) for s in SHAPES]
-    ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
-    reference = torch.optim.Muon(theirs, lr=0.1, momentum=0.9, weight_decay=0.5, adjust_lr_fn="match_rms_adamw")
-    for a, b in zip(muon_steps(Muon(ours, 0.1, 0.9, 0.5), ours, 4), muon_steps(reference, theirs, 4), strict=True):
-        for u, v in zip(a, b):
-            assert (u - v).norm() < 0.03 * v.norm()

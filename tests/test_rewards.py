@@ -7,7 +7,10 @@ import pytest
 import torch
 
 import rewards
+from helpers import close, tolerance
 from rewards import BASELINES, PROCESS, min_form, refine, token_rewards
+
+EXACT = tolerance(8)  # of the handful of numbers below 1 that make a reward, or a sum of rewards
 
 BY_HAND = {  # step scores s for K = 0, 1, 2, 3, 5, and r of each reward at eta = 0.5
     (): {"prm": (), "clip": (), "delta": (), "clip-delta": ()},
@@ -79,7 +82,7 @@ def returns_to_go(r):
 @pytest.mark.parametrize("name", PROCESS + BASELINES)
 def test_every_reward_at_every_K_is_as_by_hand(name):
     for scores, expected in BY_HAND.items():
-        assert refine_one(name, scores) == pytest.approx(expected[name], abs=1e-6)
+        assert refine_one(name, scores) == pytest.approx(expected[name], rel=0, abs=EXACT)
 
 
 @pytest.mark.parametrize("name", PROCESS + BASELINES)
@@ -152,10 +155,10 @@ def test_what_the_baselines_promise_holds_for_random_scores():
         r = {name: refine_one(name, scores, eta) for name in BASELINES}
         assert returns_to_go(r["progress"]) == [0][:K] + [-s for s in scores[:-1]]  # the docstring's: the past alone
         assert sum(r["progress"]) == 0
-        assert sum(r["normed"]) == pytest.approx(sum(scores) / max(K, 1))
+        assert sum(r["normed"]) == pytest.approx(sum(scores) / max(K, 1), rel=0, abs=EXACT)
         assert returns_to_go(r["penalty"]) == [sum(s - eta for s in scores[k:]) for k in range(K)]
         x = [2 * s - 1 for s in scores] or [0]
-        assert min(x) - 1e-6 <= sum(r["min"]) <= max(x) + 1e-6
+        assert min(x) - EXACT <= sum(r["min"]) <= max(x) + EXACT
 
 
 def test_min_goes_from_the_mean_to_the_least_score_as_its_temperature_falls():
@@ -163,9 +166,11 @@ def test_min_goes_from_the_mean_to_the_least_score_as_its_temperature_falls():
     for scores in ragged(rng, B=50):
         given, x = (torch.tensor([scores]), torch.ones(1, len(scores)).bool()), [2 * s - 1 for s in scores] or [0]
         sums = [min_form(*given, temperature).sum().item() for temperature in (1e6, 1, 0.1, 0.01, 0.001)]
-        assert sums[0] == pytest.approx(sum(x) / len(x), abs=1e-4) and sums[-1] == pytest.approx(min(x), abs=1e-6)
-        assert all(warm >= cold - 1e-6 for warm, cold in zip(sums, sums[1:]))
-        assert sums[2] == pytest.approx(sum(refine_one("min", scores)), abs=1e-6)  # 0.1 is the one in use
+        about = lambda value: pytest.approx(value, rel=0, abs=EXACT)
+        assert sums[0] == pytest.approx(sum(x) / len(x), rel=0, abs=EXACT + 1e-6)  # 1 / temperature, times a variance
+        assert sums[-1] == about(min(x))
+        assert all(warm >= cold - EXACT for warm, cold in zip(sums, sums[1:]))
+        assert sums[2] == about(sum(refine_one("min", scores)))  # 0.1 is the one in use
 
 
 def test_one_more_step_before_the_last_never_pays_under_clip_delta_and_up_to_its_score_under_delta():
@@ -190,7 +195,7 @@ def test_what_repeating_a_step_pays():
         assert sums("clip", k) == [-0.125 + m * min(s - eta, 0) for m in range(11)]  # nothing, where s > eta
         assert sums("penalty", k) == [0.625 + m * (s - eta) for m in range(11)]
         assert set(sums("delta", k)) == {0.625} and set(sums("clip-delta", k)) == {0} == set(sums("progress", k))
-        assert sums("normed", k) == pytest.approx([(2.625 + m * s) / (4 + m) for m in range(11)])
+        assert sums("normed", k) == pytest.approx([(2.625 + m * s) / (4 + m) for m in range(11)], rel=0, abs=2 * EXACT)
     assert sums("min", 1) == pytest.approx([-0.25] * 11, abs=0.005)  # a step that is not the least: next to nothing
 
 
@@ -222,9 +227,11 @@ def test_a_name_that_is_no_process_reward_is_refused(name):
 def test_the_example_of_the_docstring_is_right():
     assert doctest.testmod(rewards) == (0, 2)  # none of two failed
     for name in PROCESS + BASELINES:  # the tables: r_1 .. r_4 and their sum, rounded where need be
-        *r, total = map(float, next(x for x in map(str.split, rewards.__doc__.splitlines()) if x[:1] == [name])[1:6])
-        assert refine_one(name, [0.9, 0.8, 0.3, 0.6]) == pytest.approx(r, abs=1e-6 if name in PROCESS else 0.051)
-        assert sum(r) == pytest.approx(total)
+        table = (rewards if name in PROCESS else refine).__doc__.splitlines()
+        *r, total = map(float, next(row for row in map(str.split, table) if row[:1] == [name])[1:6])
+        rounded = EXACT if name in PROCESS else 0.05 + EXACT
+        assert refine_one(name, [0.9, 0.8, 0.3, 0.6]) == pytest.approx(r, rel=0, abs=rounded)
+        assert sum(r) == pytest.approx(total)  # of decimals, in float64
 
 
 # ------------------------------------------------------------------------------------------------ token_rewards
@@ -234,16 +241,16 @@ def example():
     """Three answers: 4 tokens, right, steps end at tokens 1 and 3; 3 tokens, truncated, with one complete step, which
     ends at token 0 (its `correct` and outcome must not count); 1 token, wrong, without steps. Padding is junk."""
     ref_logp = torch.tensor([[-1.0, -2, -3, -4], [-1, -1, -1, 5], [-2, 5, 5, 5]])
+    refined = torch.tensor([[0.6, -0.4], [0.2, 7], [7, 7]])
+    token_ends, step_mask = torch.tensor([[1, 3], [0, 99], [-1, -1]]), torch.tensor([[1, 1], [1, 0], [0, 0]]).bool()
     return dict(
         logp=ref_logp + torch.tensor([[0.1, -0.2, 0.3, 0], [1, 0, -1, 9], [0.5, 9, 9, 9]]),
         ref_logp=ref_logp,
-        mask=torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 0, 0, 0]]).bool(),
+        response_mask=torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 0, 0, 0]]).bool(),
         correct=torch.tensor([True, True, False]),
         truncated=torch.tensor([False, True, False]),
         outcome=torch.tensor([0.8, 0.9, 0.4]),
-        refined=torch.tensor([[0.6, -0.4], [0.2, 7], [7, 7]]),
-        step_ends=torch.tensor([[1, 3], [0, 99], [-1, -1]]),
-        step_mask=torch.tensor([[1, 1], [1, 0], [0, 0]]).bool(),
+        steps=(refined, token_ends, step_mask),
     )
 
 
@@ -254,40 +261,34 @@ def test_each_reward_lies_on_its_token():
         [-0.1 + 0.5 * 0.2, 0, 0.1, 0],  # truncated: neither Correct nor outcome, but its step
         [-0.05 + 0.5 * 0.4, 0, 0, 0],  # K = 0
     ]
-    r = token_rewards(**example(), beta=0.1, alpha=0.5)
-    torch.testing.assert_close(r, torch.tensor(expected), atol=1e-6, rtol=0)
+    close(token_rewards(**example(), beta=0.1, alpha=0.5), expected, terms=8)
 
 
 def test_without_learned_rewards_there_are_correct_and_kl():
-    case = {name: x for name, x in example().items() if name not in ("outcome", "refined", "step_ends", "step_mask")}
-    r = token_rewards(**case, beta=0.1)
-    expected = torch.tensor([[-0.01, 0.02, -0.03, 1], [-0.1, 0, 0.1, 0], [-0.05, 0, 0, 0]])
-    torch.testing.assert_close(r, expected, atol=1e-6, rtol=0)
+    r = token_rewards(**example() | {"outcome": None, "steps": None}, beta=0.1)
+    close(r, [[-0.01, 0.02, -0.03, 1], [-0.1, 0, 0.1, 0], [-0.05, 0, 0, 0]], terms=8)
 
 
 def test_alpha_scales_only_the_learned_part():
     none, one, three = (token_rewards(**example(), beta=0.1, alpha=alpha) for alpha in (0.0, 1.0, 3.0))
     learned = torch.tensor([[0, 0.6, 0, -0.4 + 0.8], [0.2, 0, 0, 0], [0.4, 0, 0, 0]])
-    torch.testing.assert_close(one - none, learned, atol=1e-6, rtol=0)
-    torch.testing.assert_close(three - none, 3 * learned, atol=1e-6, rtol=0)
+    close(one - none, learned, terms=8, size=1)
+    close(three - none, 3 * learned, terms=8, size=3)
 
 
 def test_a_batch_without_any_step_gets_no_step_reward():
-    case = example()
-    none = {"refined": torch.zeros(3, 0), "step_ends": torch.zeros(3, 0).long(), "step_mask": torch.zeros(3, 0).bool()}
-    absent = dict.fromkeys(none)
-    r, without = (token_rewards(**case | steps, beta=0.1, alpha=1) for steps in (none, absent))
-    assert torch.equal(r, without) and not torch.equal(r, token_rewards(**case, beta=0.1, alpha=1))
+    empty = torch.zeros(3, 0), torch.zeros(3, 0).long(), torch.zeros(3, 0).bool()
+    r, without = (token_rewards(**example() | {"steps": steps}, beta=0.1, alpha=1) for steps in (empty, None))
+    assert torch.equal(r, without) and not torch.equal(r, token_rewards(**example(), beta=0.1, alpha=1))
 
 
 @pytest.mark.parametrize("name", PROCESS)
 def test_the_return_at_a_steps_first_token_is_the_steps_return_to_go(name):
-    scores = [0.9, 0.8, 0.3, 0.6]
-    r = refine(name, torch.tensor([scores]), torch.ones(1, 4).bool())
-    nothing, T = torch.zeros(1, 8), torch.ones(1, 8).bool()  # four steps of two tokens
+    scores, all_steps = torch.tensor([[0.9, 0.8, 0.3, 0.6]]), torch.ones(1, 4).bool()
+    r = refine(name, scores, all_steps)
+    nothing, tokens = torch.zeros(1, 8), torch.ones(1, 8).bool()  # four steps of two tokens
     laid = token_rewards(
-        nothing, nothing, T, torch.tensor([True]), torch.tensor([False]), beta=0.1, alpha=1,
-        refined=r, step_ends=torch.tensor([[1, 3, 5, 7]]), step_mask=torch.ones(1, 4).bool(),
-    )  # fmt: skip
-    G = returns_to_go(laid[0].tolist())[::2]
-    assert G == pytest.approx([1 + g for g in returns_to_go(r[0].tolist())], abs=1e-6)
+        nothing, nothing, tokens, torch.tensor([True]), torch.tensor([False]), beta=0.1, alpha=1,
+        steps=(r, torch.tensor([[1, 3, 5, 7]]), all_steps),
+    )
+    close(returns_to_go(laid[0].tolist())[::2], [1 + g for g in returns_to_go(r[0].tolist())], terms=8)

@@ -17,12 +17,12 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 
 
 def answer(iteration: int, question: str, response: str, scores, verdict: str = "match", **more) -> dict:
-    cuts = split_steps(response, "\n", verdict != "truncated")
+    ends = split_steps(response, "\n", verdict != "truncated")
     return {
         "question": question, "response": response, "gold": "####38", "verdict": verdict, "correct": verdict == "match",
-        "truncated": verdict == "truncated", "steps": len(cuts), "cuts": cuts, "iteration": iteration, "scores": scores,
-        "refined": scores, "outcome": None, **more,
-    }  # fmt: skip
+        "truncated": verdict == "truncated", "steps": len(ends), "char_ends": ends, "iteration": iteration,
+        "scores": scores, "refined": scores, "outcome": None, **more,
+    }
 
 
 RIGHT = answer(1, "41b+5c*3=", "b41+5=46\nb41+5=46\nc46*3=38\n####38", [0.9, 0.8, 0.7, 0.6])
@@ -31,7 +31,7 @@ RIGHT = answer(1, "41b+5c*3=", "b41+5=46\nb41+5=46\nc46*3=38\n####38", [0.9, 0.8
 def make_run(folder, answers: list[dict], reward: str = "prm"):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"reward": reward, "alpha": 0.5}))
-    means = [{"iteration": i, "success": 0.5, "steps": 4.0 + i, "repeats": 1.0, "process_reward": 3.0} for i in (1, 2)]
+    means = [{"iteration": i, "success": 0.5, "steps": 4.0 + i, "repeats": 1.0, "learned_reward": 3.0} for i in (1, 2)]
     lines = lambda rows: "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "metrics.jsonl").write_text(lines([{"iteration": 0, "greedy_accuracy": 0.5}, *means]))
     (folder / "samples.jsonl").write_text(lines(answers) + '{"iteration": 3, "que')  # a run that writes just now
@@ -50,20 +50,20 @@ def show(monkeypatch, capsys, *argv) -> str:
 
 
 def test_the_terminal_shows_each_step_of_the_first_and_the_last_iteration(run, monkeypatch, capsys):
-    assert show(monkeypatch, capsys, run).splitlines() == [  # not a terminal: no colour
+    assert show(monkeypatch, capsys, run).splitlines() == [
         "run: reward prm, alpha 0.5",
-        "return: alpha * (r_k + ... + r_K, or r_outcome) + Correct; left out: KL penalty, value behind truncated answers",
+        "return: alpha * (r_k + ... + r_K, or r_outcome) + Correct, without KL penalty and value of cut-off answers",
         "",
-        "iteration 1 of 2: success 0.50, steps 5.00, repeats 1.00, process reward 3.00",
+        "iteration 1 of 2: success 0.50, steps 5.00, repeats 1.00, learned reward 3.00",
         "",
-        "41b+5c*3=   gold 38, right",
+        "41b+5c*3=   gold 38, match",
         "   k   score       r  return  oracle  step",
         "   1    0.90    0.90    2.50   right  b41+5=46",
         "   2    0.80    0.80    2.05   right  b41+5=46   (repeats 1)",
         "   3    0.70    0.70    1.65   right  c46*3=38",
         "   4    0.60    0.60    1.30   right  ####38",
         "",
-        "iteration 2 of 2: success 0.50, steps 6.00, repeats 1.00, process reward 3.00",
+        "iteration 2 of 2: success 0.50, steps 6.00, repeats 1.00, learned reward 3.00",
         "",
         "What <b>is</b>?   gold 38, truncated",
         "   k   score       r  return  step",  # no embedded world, no oracle
@@ -71,17 +71,6 @@ def test_the_terminal_shows_each_step_of_the_first_and_the_last_iteration(run, m
         " " * 30 + " [2Jb   (cut off: no step)",  # whose escape sequence does not reach the terminal
     ]
     assert "iteration 1 of" not in show(monkeypatch, capsys, run, "--iteration", 2)
-
-
-def test_colours_are_for_a_terminal_that_wants_them(run, monkeypatch, capsys):
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    plain = show(monkeypatch, capsys, run)
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    coloured = show(monkeypatch, capsys, run)
-    assert "\x1b[38;5;32m    0.90\x1b[0m" in coloured and "\x1b[38;5;166mtruncated\x1b[0m" in coloured
-    assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == plain != coloured
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert show(monkeypatch, capsys, run) == plain
 
 
 def test_steps_of_other_rewards():
@@ -92,21 +81,21 @@ def test_steps_of_other_rewards():
     for key in ("score", "r", "pays", "return"):
         assert values(success, key) == [None] * 4
     assert values(success, "oracle") == [True] * 4 and values(success, "repeats") == [None, 1, None, None]
-    assert values(success | {"outcome": 0.5}, "return") == [1.25] * 4  # said once, at the end: each step has it before it
+    assert values(success | {"outcome": 0.5}, "return") == [1.25] * 4  # said once, at the end
     cut = success | {"outcome": 0.5, "truncated": True, "correct": False}
     assert values(cut, "return") == [0] * 4
     wrong = answer(1, "41b+5c*3=", "b41+5=47\nc46*3=38\n####38", [0.5] * 3)
     assert values(wrong, "oracle") == [False] * 3  # a right line behind a wrong one
-    assert values(wrong | {"cuts": [8, 18, 24]}, "oracle") == [None, False, False]  # cut where no line ends
+    assert values(wrong | {"char_ends": [8, 18, 24]}, "oracle") == [None, False, False]  # cut where no line ends
     assert evaluation.explain(answer(1, "41b+5=", "", [], "truncated"), 0.5)["steps"] == []
 
 
 @pytest.mark.parametrize(
     "missing, argv, message",
     [
-        ("metrics.jsonl", "", "not the folder of a run (it has no metrics.jsonl)"),
-        ("samples.jsonl", "", "not the folder of a run (it has no samples.jsonl)"),
-        ("config.json", "", "not the folder of a run (it has no config.json)"),
+        ("metrics.jsonl", "", "not the folder of a run (its metrics.jsonl is missing"),
+        ("samples.jsonl", "", "has no answers yet"),
+        ("config.json", "", "config.json"),
         ("", "--iteration 3", "has no answers of iteration 3, but of 1 to 2"),
         ("", "--iteration 0", "has no answers of iteration 0"),
         ("", "--html no/such/folder.html", "No such file"),
@@ -152,6 +141,7 @@ def test_the_page_needs_no_network_and_holds_a_models_text_as_data(run, tmp_path
     data = json.loads(text)
     assert data["iterations"][1]["answers"][0]["steps"][0]["text"] == HOSTILE.partition("\n")[0]
     assert data == {**evaluation.read_show(str(run)), "start": "#iteration=1"}
+    assert all(f'["{key}", "' in tame for key in ("success", "steps", "repeats", "learned_reward"))  # what it draws
 
 
 @pytest.mark.skipif(not BROWSER, reason="no chromium, chromium-browser or google-chrome on PATH to open the page in")
@@ -159,7 +149,7 @@ def test_a_browser_shows_the_iteration_that_the_slider_is_at(run, tmp_path, monk
     file = page(run, monkeypatch, capsys, "--iteration", 2)
 
     def dom(url: str) -> str:
-        options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"--user-data-dir={tmp_path / 'dir'}"]
         found = subprocess.run([BROWSER, *options, url], capture_output=True, text=True, timeout=120, check=True).stdout
         found = re.sub(r"<script.*?</script>", "", found, flags=re.S)
         assert found.count("<article>") == 1 and found.count("<svg") == 3 and "<title>run: reward prm" in found
