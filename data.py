@@ -35,8 +35,8 @@ from pathlib import Path
 
 from grader import verdict
 
-# OpenMP's idle threads spin, which on a busy machine took ten times as long. It must be set before torch is imported,
-# so the scripts import this file first.
+# OpenMP's idle threads spin; on a busy machine that made a run ten times as long. Read when torch is imported, so the
+# scripts import this file first.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -174,10 +174,8 @@ def oracle(question: str, response: str, char_ends: list[int] | None = None) -> 
     not. char_ends: the steps to label, default all; None for one that ends within a line, as others may cut."""
     finished = char_ends is None or char_ends[-1:] == [len(response)]  # else what follows the last line is of no step
     lines = split_steps(response, "\n", finished)
-    right, good, labels = set(toy_lines(question)), True, {}
-    for step, end in zip(steps_of({"response": response, "char_ends": lines}), lines):
-        good = good and step.strip("\n") in right
-        labels[end] = good
+    right, steps = set(toy_lines(question)), steps_of({"response": response, "char_ends": lines})
+    labels = dict(zip(lines, accumulate((step.strip("\n") in right for step in steps), min)))  # and all before it
     return [labels.get(end) for end in (lines if char_ends is None else char_ends)]
 
 
@@ -257,12 +255,11 @@ def read_rows(name: str, split: str):
 def to_problem(row, where: str) -> Problem:
     for q, a in FIELDS:
         if isinstance(row, dict) and q in row and a in row:
-            question, answer = row[q], row[a]
-            text = isinstance(question, str) and isinstance(answer, str | int | float)
-            if not (text and question.strip() and str(answer).strip()):
+            question, answer = row[q], str(row[a]) if isinstance(row[a], str | int | float) else ""
+            if not (isinstance(question, str) and question.strip() and answer.strip()):
                 raise UserError(f"{where}: {q} and {a} must be text that is not empty")
             subject, level = str(row.get("type") or row.get("subject") or ""), str(row.get("level") or "")
-            return Problem(question, str(answer), subject, level.removeprefix("Level "))
+            return Problem(question, answer, subject, level.removeprefix("Level "))
     raise UserError(f"{where}: needs the fields (question, answer) or (problem, solution | answer)")
 
 
@@ -431,9 +428,12 @@ def lock(path: Path, wait: bool = False):
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "w")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"{path.resolve().parent} is in use by another process: wait, or choose another name") from None
+        if not wait:
+            raise UserError(f"{path.resolve().parent} is in use by another process: choose another name") from None
+        print(f"waiting for another process in {path.parent}", flush=True)
+        fcntl.flock(file, fcntl.LOCK_EX)
     return file
 
 

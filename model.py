@@ -264,17 +264,11 @@ def load_tokenizer(path: str, kind=AutoTokenizer):
     return tokenizer
 
 
-def without_head(lm: nn.Module, headless: bool) -> nn.Module:
-    if headless:
-        lm.set_output_embeddings(nn.Identity())
-    return lm
-
-
 def load_causal_lm(path: str, dtype=torch.float32, device="cpu", headless: bool = False) -> nn.Module:
     """A causal LM with our attention, from a folder or a hub name; on the "meta" device its shape alone. headless:
-    without its output layer, and though it has another head. Raises UserError if it cannot be loaded."""
+    though its output layer is missing, or it has another head. Raises UserError if it cannot be loaded."""
     if str(device) == "meta":
-        return without_head(empty_lm(load_config(path), dtype), headless)
+        return empty_lm(load_config(path), dtype)
     how = dict(attn_implementation=ATTENTION, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     with loading(path, "a causal LM"):
         model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **how)
@@ -287,7 +281,7 @@ def load_causal_lm(path: str, dtype=torch.float32, device="cpu", headless: bool 
     if missing:  # transformers would fill them with random numbers
         raise UserError(f"{path}: the weights lack {len(missing)} tensors, such as {min(missing)}")
     # eval: dropout in the training forward would make the ratio start off 1
-    return without_head(model, headless).to(device).eval()
+    return model.to(device).eval()
 
 
 def read_tensors(path: str, prefix: str) -> dict[str, Tensor]:
@@ -534,8 +528,8 @@ def processes():
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # torchrun keeps its store over restarts, in which the new processes would find the addresses of the dead:
-            # rank 0 opens a store of its own, at the port beside
-            os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) ^ 1)
+            # rank 0 opens a store of its own, at a port 1,024 from it
+            os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) ^ 1024)
             os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
         dist.init_process_group(BACKEND)
     yield torch.device("cuda", local) if cuda else torch.device("cpu")

@@ -42,7 +42,7 @@ from transformers import AutoTokenizer, HfArgumentParser, LlamaTokenizer
 from grader import grade
 from model import (
     DTYPES, ScalarModel, all_reduce, barrier, checkpoint_layers, eos_ids, gather, load_causal_lm, load_config,
-    load_tokenizer, on_rank_0, processes, rank, read_tensors, say, shard, without_head, world_size,
+    load_tokenizer, on_rank_0, processes, rank, read_tensors, say, shard, world_size,
 )
 from ppo import optimizer_step
 from rollout import Batch, Sampler, rollout
@@ -52,7 +52,7 @@ from rollout import Batch, Sampler, rollout
 class RewardModelOptions(TextOptions):
     """How labels and reward models are made; train.py's options inherit it."""
 
-    label_problems: int = option(500, "questions whose solutions are labelled", "[1, inf)")
+    label_problems: int = option(500, "questions whose solutions are labelled (prm.py: of each set)", "[1, inf)")
     label_samples: int = option(1, "solutions per labelled question", "[1, inf)")
     completions: int = option(4, "completions per step prefix, at most", "[1, inf)")
     labels: str = option("hard", "hard: any right; soft: share; oracle: exact", choices=["hard", "soft", "oracle"])
@@ -67,7 +67,7 @@ class RewardModelOptions(TextOptions):
     token_budget: int = option(16384, "packed tokens per micro-batch; changes memory and speed alone", "[1, inf)")
     checkpoint_activations: bool = option(False, "keep the layers' inputs alone, recompute the rest: slower")
     dtype: str = option("float32", "of the forward passes; weights that learn stay float32", choices=[*DTYPES])
-    seed: int = option(0, "of all random numbers", SEEDS)
+    seed: int = option(0, "of random numbers", SEEDS)
 
 
 # ------------------------------------------------------------------------------------------------ made once
@@ -90,10 +90,11 @@ def cached(cache: Path, what: str, title: str, key: dict, make: Callable) -> Pat
     folder = cache / f"{what}-{short_hash(key)}"
     unfinished = folder.with_suffix(".partial")
     # two runs that start at once make it once
-    with nullcontext() if rank() or folder.exists() else lock(unfinished / "lock", wait=True):
+    with nullcontext() if rank() or folder.exists() else lock(folder.with_name(f".{folder.name}.lock"), wait=True):
         exists = on_rank_0(folder.exists)  # rank 0's view is everyone's
         say(f"{title}: {'cached in' if exists else 'making'} {folder}")
         if not exists:
+            unfinished.mkdir(parents=True, exist_ok=True)
             make(unfinished)
             on_rank_0(lambda: unfinished.rename(folder))
     return folder
@@ -246,7 +247,7 @@ def make_labels(model: str, completer: str, problems: list[Problem], opts, path:
         reads = tokenizer
     policy = Sampler(load_causal_lm(model, dtype, device))  # which keeps its cache from block to block
     other = policy if completer == model else Sampler(load_causal_lm(completer, dtype, device))
-    prompts = encode_prompts(reads, problems, opts.prompt, opts.max_prompt_tokens)
+    prompts = encode_prompts(reads, problems, opts.prompt, 1 << 30)  # the policy's were not too long
     longest, positions = max(map(len, prompts)) + opts.max_new_tokens, other.model.config.max_position_embeddings
     if longest > positions:
         what = f"a prompt and its answer may take {longest} tokens, but {completer} has {positions} positions"
@@ -319,6 +320,9 @@ def read_labels(source: str, separator: str = "\n") -> list[dict]:
                     steps, labels = [step.strip() for step in steps], [{0: 0.0, 1: 1.0}[label] for label in labels]
                     new = solution(question, steps, labels, separator, finished=True)
                 case _:
+                    raise ValueError
+            for x in new:
+                if len(x["labels"]) != len(x["char_ends"]) or not all(0 <= y <= 1 for y in x["labels"]):
                     raise ValueError
         except (LookupError, TypeError, ValueError, AttributeError):
             raise UserError(f"{where}: not a row of step labels (see read_labels in prm.py for the formats)") from None
@@ -458,7 +462,8 @@ def load_reward_model(path: str, dtype=torch.float32, device="cpu", format: str 
     lm = load_causal_lm(path, dtype, device, headless="" not in layers)
     first, *rest = (published_layer(path, lm, prefix, rows) for prefix, rows in layers.items())
     head = nn.Sequential(first, nn.ReLU(), *rest) if rest else first
-    return ScalarModel(without_head(lm, True), head=head).eval()
+    lm.set_output_embeddings(nn.Identity())
+    return ScalarModel(lm, head=head).eval()
 
 
 class Reader:
@@ -676,6 +681,8 @@ def main() -> None:
             make_reward_model(opts.model, opts.out, opts.labels_file, opts, opts.kind, device)
         else:
             format, dtype = find_format(opts.model, opts.prm_format), DTYPES[opts.dtype]
+            if opts.kind == "orm" and format != "own":
+                raise UserError(f"{opts.model}: a published PRM; test it with --kind prm")
             model = shard(lambda home: load_reward_model(opts.model, dtype, home, format), dtype, device)
             held = [row for row in read_labels(opts.labels_file, opts.separator) if held_out(row["question"])]
             read = Reader(opts.model, format, opts.prompt)

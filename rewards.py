@@ -52,7 +52,7 @@ def clip(scores: Tensor, eta: float) -> Tensor:
 
 
 def but_last(scores: Tensor, mask: Tensor) -> Tensor:
-    """The scores with 0 for the last step, K: that one is judged by the success reward."""
+    """The scores with 0 for the last step, K: the success reward judges that one, or, in an answer cut off, nothing."""
     has_next = F.pad(mask, (0, 1))[:, 1:]  # (B, K)
     return scores * has_next
 

@@ -6,7 +6,7 @@
         step     one token for every live slot; on CUDA one captured graph per (slots, window), replayed
         retire   finished samples leave, the last live slots move into the gaps: live slots stay 0 .. B-1
 
-A sample ends at an EOS token or at its length limit; then, and only then, `truncated` is true. The draw of token t of
+A sample ends at an EOS token, or at its length limit without one: then `truncated` is true. The draw of token t of
 sample j of a prompt depends on (that prompt's seed, j, t) alone, never on slots, order or rank: only rounding of the
 logits can change an answer.
 

@@ -162,7 +162,7 @@ def parse(argv: list[str] | None = None) -> tuple[TrainOptions, str]:
     """Options from the command line over a preset, and the sentence that says which preset runs and why."""
     parser = HfArgumentParser(TrainOptions, usage="python train.py [--OPTION VALUE ...]", allow_abbrev=False)
     given, cuda = parser.parse_args(argv), torch.cuda.is_available()
-    preset, why = given.preset, "as asked for; without one, general defaults, nothing tuned"
+    preset, why = given.preset, "asked for" if given.preset else "--model was given: general defaults, nothing tuned"
     if not (given.preset or given.model):
         preset, why = DEFAULT if cuda else "toy", f"{'CUDA' if cuda else 'no CUDA'} here; --preset chooses another"
     parser.set_defaults(**PRESETS.get(preset, {}), preset=preset)
@@ -213,6 +213,7 @@ class Trainer:
             scorer = lambda home: prm.load_reward_model(reward_model, dtype, home, form).requires_grad_(False)
             self.reward_model = shard(scorer, dtype, device, offload)
         self.eos = on_rank_0(lambda: eos_ids(self.policy.lm, self.tokenizer))  # in a file that rank 0 alone reads
+        self.sampler.model.generation_config.eos_token_id = self.eos
         # the second moments must forget within a run of tens of steps, hence the low betas
         self.policy_optimizer = adam(self.policy, opts.lr, (0.9, 0.99))
         self.critic_optimizer = adam(self.critic, opts.critic_lr, (0.9, 0.95))
@@ -280,7 +281,8 @@ class Trainer:
         """This rank's problems, their samples, the batch of B answers, and the index of each in the whole iteration.
 
         On rank 0 one more problem and sample stand behind: the first evaluation question, with the same random numbers
-        in every iteration. `eval.py show` shows what training makes of it; training itself skips it."""
+        in every iteration. `eval.py show` shows what training makes of it; training itself skips it. (It is sampled as
+        often as the others, and all but the first are thrown away.)"""
         opts, n, chosen = self.opts, self.opts.samples_per_prompt, self.questions(iteration)
         mine = range(rank(), len(chosen), world_size())
         problems, prompts = ([of_all[chosen[q]] for q in mine] for of_all in (self.problems, self.prompts))
@@ -323,10 +325,12 @@ class Trainer:
             lambda: score_values(self.critic, batch, micro),
             score_answers,
         )
+        if self.kind == "orm":  # an answer without text has no outcome
+            scores = [outcome or [0.0] for outcome in scores]
         return logp, ref_logp, values, final, pad_scores(scores)[0]
 
     def update(self, iteration: int, epochs: list[list], experience: Experience) -> dict:
-        """Raises UserError for a loss that is no number, or three steps in a row that had to be skipped."""
+        """Raises UserError for a loss that is no number, or for three skipped steps without an iteration between."""
         opts, counts = self.opts, count_tokens(epochs, experience.response_mask)
         lr_scale = min(1, max(0, (iteration - opts.critic_warmup) / max(opts.lr_warmup, 1)))
         self.policy_optimizer.param_groups[0]["lr"] = lr = opts.lr * lr_scale
@@ -441,9 +445,17 @@ def warm_start(world: str, seed: int, folder: Path, device) -> None:
     """Teach the policy of an embedded world to answer at all, from demonstrations. Writes folder/policy, the weights at
     which sampled accuracy first passed one half, and folder/completer, where training ends: it is to the policy what
     the paper's 7B is to its 1.5B."""
-    steps, questions, accuracy, tokenizer = 1000, 64, 0.0, toy_tokenizer(world)
-    model = toy_model(tokenizer, seed).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    steps, questions, accuracy, tokenizer = 850, 64, 0.0, toy_tokenizer(world)
+    model, hidden, others = toy_model(tokenizer, seed).to(device), [], []
+    for name, p in model.named_parameters():
+        (hidden if p.dim() == 2 and "embed" not in name else others).append(p)
+    # AdamW alone takes longer, and in some seeds its completer is right less often than two times of three
+    optimizers = [
+        torch.optim.Muon(hidden, lr=5e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
+    ]
+    scale = lambda step: min((step + 1) / 100, 1, (steps - step) / (0.2 * steps))  # up, constant, down
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, scale) for optimizer in optimizers]
     problems = toy_problems("train", steps * questions, 1000 + seed, world)
     unseen, text = toy_problems("train", 200, 2000 + seed, world), TextOptions("{question}", "\n", 32, 160)
     rng = random.Random(seed)
@@ -457,9 +469,9 @@ def warm_start(world: str, seed: int, folder: Path, device) -> None:
             part = -logp.sum() / batch.mask.sum()
             part.backward()
             loss += part.detach().cpu()
-        scale = min((step + 1) / 100, 1, (steps - step) / (0.2 * steps))  # up, constant, down
-        optimizer.param_groups[0]["lr"] = 5e-3 * scale
-        optimizer_step(model, [optimizer], 1.0)
+        optimizer_step(model, optimizers, 1.0)
+        for schedule in schedules:
+            schedule.step()
         if step >= 300 and step % 25 == 0 and accuracy <= 0.5:
             accuracy = evaluate(model, tokenizer, unseen, text)[0]["accuracy"]
             save_lm(model, tokenizer, folder / "policy")
@@ -473,7 +485,7 @@ def prepare(opts: TrainOptions, problems: list[Problem], device) -> tuple[str, s
     cache, policy, completer = Path(opts.runs_dir) / "cache", opts.model, opts.completer or opts.model
     if not policy:
         made = prm.cached(
-            cache, opts.data, "warm start of the embedded policy", {"seed": opts.prepare_seed},
+            cache, opts.data, "warm start of the embedded policy", {"seed": opts.prepare_seed, "by": "Muon"},
             lambda folder: warm_start(opts.data, opts.prepare_seed, folder, device),
         )
         policy, completer = str(made / "policy"), opts.completer or str(made / "completer")
@@ -489,6 +501,12 @@ def prepare(opts: TrainOptions, problems: list[Problem], device) -> tuple[str, s
     return policy, prm.prepare_reward_model(cache, policy, completer, chosen, own, kind, device)
 
 
+def free_memory() -> None:
+    """Of models that nobody holds: those that recompute their layers refer to themselves."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def probe(opts: TrainOptions, data: tuple, device) -> None:
     """Whether it fits the GPU, before anything is made: models of the same shapes, with the sampler's cache in place,
     score and learn from the largest micro-batch that can occur, a reward model that is to be trained as well. Raises
@@ -497,7 +515,7 @@ def probe(opts: TrainOptions, data: tuple, device) -> None:
     rows = [*range(max(1, opts.token_budget // (longest + opts.max_new_tokens)))]
     batch = Batch([[0] * longest for _ in rows], [[0] * opts.max_new_tokens for _ in rows], torch.zeros(len(rows)))
     micro = batch.pack(rows, device)
-    path = opts.completer or opts.model  # of the reward model's shape
+    path = opts.prm or opts.orm or opts.completer or opts.model  # of the reward model's shape
     learning = lambda home: ScalarModel(random_lm(path, device=home), opts.rm_likelihood)
     frozen = lambda home: ScalarModel(random_lm(path, dtype, home), opts.rm_likelihood).requires_grad_(False)
     try:
@@ -507,6 +525,7 @@ def probe(opts: TrainOptions, data: tuple, device) -> None:
             optimizer = adam(model, opts.rm_lr, (0.9, 0.95))
             model(micro.packed).sum().backward()
             del model, optimizer
+            free_memory()
         trainer = Trainer(opts, data, opts.model, "", device, load=random_lm)
         trainer.sampler.start(opts.slots, longest + opts.max_new_tokens, opts.max_new_tokens, trainer.eos, 1.0)
         if kind:
@@ -532,11 +551,12 @@ FREE = (  # what may differ between the calls of one run
 
 
 def open_run(opts: TrainOptions) -> tuple[Path, dict]:
-    """The folder of the run, and what its config.json is to hold: the options, and which models it was given, with the
-    times of their last change. Raises UserError if the run is there and not to be resumed, or has another one."""
+    """The folder of the run, and what its config.json is to hold: the options, and which models and data it was given,
+    with the times of their last change. Raises UserError if the run is there and not to be resumed, or has others."""
     folder = Path(opts.runs_dir) / (opts.name or f"{opts.preset or 'run'}-{opts.reward}-s{opts.seed}")
-    models = [path for path in (opts.model, opts.prm, opts.orm, opts.completer) if path]
-    config, old = asdict(opts) | {"keys": list(map(prm.model_key, models))}, folder / "config.json"
+    given = [opts.model, opts.prm, opts.orm, opts.completer, opts.data, opts.eval_data]
+    given = [name for names in given if names for name in data_sets(names)]
+    config, old = asdict(opts) | {"keys": [prm.model_key(name) for name in given]}, folder / "config.json"
     if old.exists() and not opts.resume:
         raise UserError(f"{folder} exists: --resume continues it, another --name starts a new run")
     before = json.loads(old.read_text()) if old.exists() else config
@@ -614,7 +634,13 @@ def open_log(opts: TrainOptions, folder: Path, start: int):
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
-        return lambda numbers, step: [writer.add_scalar(name, x, step) for name, x in numbers.items()]
+
+        def log(numbers: dict, step: int) -> None:
+            for name, x in numbers.items():
+                writer.add_scalar(name, x, step)
+            writer.flush()
+
+        return log
     return lambda numbers, step: None
 
 
@@ -681,10 +707,10 @@ def run(opts: TrainOptions, folder: Path, config: dict, device) -> None:
             raise UserError(f"--orm {opts.orm}: a published PRM; give it as --prm, with a reward that reads one")
     if device.type == "cuda" and opts.model:
         probe(opts, data, device)
+        free_memory()
     with nullcontext() if rank() else lock(folder / "lock"):
         policy, reward_model = prepare(opts, data[0], device)
-        gc.collect()  # the models that it needed: they refer to themselves
-        torch.cuda.empty_cache()
+        free_memory()
         trainer, interrupt = Trainer(opts, data, policy, reward_model, device), Interrupt()
         config |= {"policy": policy, "reward_model": reward_model, "commit": on_rank_0(commit)}
         loop(opts, folder, trainer, config, interrupt)

@@ -28,13 +28,13 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from tqdm import tqdm
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import train  # noqa: E402
+import train  # noqa: E402  # before torch, see data.py
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
 from data import UserError, load_problems, run_script, toy_lines, whole_lines, write  # noqa: E402
 from eval import (  # noqa: E402
     LOOKS, EvalOptions, Scorer, answer_row, answer_text, draw_curves, evaluate_model, explain, interval, markdown,
@@ -71,7 +71,7 @@ def combinations(grids: list[str]) -> dict[str, dict[str, str]]:
         for word in grid.split():
             options, _, values = word.partition("=")
             if not all(options.split("+")) or not all(values.split(",")):
-                raise UserError(f"{word}: neither a claim ({', '.join(CLAIMS)}, all) nor OPTION=VALUE,VALUE")
+                raise UserError(f"{word}: give claims ({', '.join(CLAIMS)}, all), or OPTION=VALUE,VALUE alone")
             axes.append([dict.fromkeys(options.split("+"), value) for value in values.split(",")])
         for parts in product(*axes):
             run = {}
@@ -148,7 +148,7 @@ def read_runs(asked: dict[str, dict[str, str]], folder: Path) -> list[Run]:
     if missing := [name for name in asked if not (folder / name / "model").is_dir()]:
         share = f"{len(missing)} of {len(asked)} runs are not done"
         raise UserError(f"{folder}: {share}, such as {missing[0]}; --make makes them")
-    free = {*train.FREE, "policy", "reward_model", "keys"} - {"iterations"}
+    free = {*train.FREE, "policy", "reward_model", "keys", "commit"} - {"iterations"}
     free |= {option for run in asked.values() for option in run}
     found = []
     for path in [folder / name for name in asked]:
@@ -497,17 +497,18 @@ def paragraphs(found: dict) -> dict[str, list[str]]:
         "![Sampled accuracy and steps of every reward, over alpha](map.png)",
         """Under `delta` all that follows step k telescopes: G_k = s_k for k < K, and G_K = 0. So where the policy could
         answer, the answer line earns 0 (and Correct), while one more right line earns alpha * s_k, and the answer line
-        behind it as much as before: what one step can earn is bounded, how often it is earned is not. While alpha is
-        small, the KL penalty and a Correct worth 1 fill the hole. `clip-delta` closes it, for min(s_k - eta, 0) is 0
-        for a good step; so does `progress`, whose G_k = -s_(k-1) is the same for both choices.""",
+        behind it as much as before. No answer is paid more in sum (claim 11), but at each line writing on is credited
+        alpha * s_k and answering 0; at a small alpha the KL penalty and the risk of losing Correct outweigh that.
+        `clip-delta` closes the hole, for min(s_k - eta, 0) is 0 for a good step; so does `progress`, whose
+        G_k = -s_(k-1) is the same for both choices.""",
         map_verdict(rows["map"], rows_of(found["map"], 1)),
     ]
     noisy = rows["labels"]["Monte-Carlo, 40% flipped"]["step AUROC against the oracle"]
     text["labels"] = [*verdicts(rows["labels"], "prm, "), f"""What pays are right, needless steps, about which exact
         labels are not wrong. With 40 % flipped the AUROC is {show(noisy, 2)}, but the best that a PRM can learn is 0.6
         for right steps and 0.4 for others: it pays both nearly alike."""]
-    text["dense"] = ["""`delta` touches every step but the last, `clip` those that score below eta. Under both, for any
-        number of steps, -eta <= G_k <= 0: proved in `rewards.py`, tested in `tests/test_rewards.py`."""]
+    text["dense"] = ["""`delta` touches every step but the last, `clip` those that score below eta. Under `clip-delta`,
+        which is both, -eta <= G_k <= 0 for any number of steps: proved in `rewards.py`, and tested."""]
     more = minus(rows["cost"]["prm"]["score"], rows["cost"]["success"]["score"])
     text["cost"] = [f"""To have a reward model at all costs {show(more, 2)} s of scoring (`prm` against `success`).
         First five iterations, while all policies still answer alike; two runs at a time: totals vary by chance."""]

@@ -56,7 +56,7 @@ def test_a_grid_combines_lists_of_values_and_success_once_for_each_seed():
 
 @pytest.mark.parametrize("grid", ["alpha=", "alpha=1,", "alpha", "=1", "+seed=1", "x", "alpha=1 main"])
 def test_what_is_no_grid_is_refused(grid):
-    with pytest.raises(UserError, match="neither a claim .* nor OPTION=VALUE"):
+    with pytest.raises(UserError, match="give claims .*, or OPTION=VALUE"):
         combinations([grid])
 
 
@@ -247,7 +247,7 @@ def test_tables_hold_each_runs_values_and_differences_by_seed_and_the_page_is_wr
 def test_a_claim_without_its_runs_an_unknown_one_and_a_page_without_a_file_are_told(tmp_path, monkeypatch, capsys):
     call = ["claims.py", "--runs-dir", str(tmp_path), "--out", str(tmp_path)]
     for argv, said in ((["orm"], "30 of 30 runs are not done"), (["mian"], "mian: no claim, choose of main, low"),
-                       (["alpha=1"], "alpha=1: no claim"), (["--make", "alpha=1", "mian"], "mian: neither"),
+                       (["alpha=1"], "alpha=1: no claim"), (["--make", "alpha=1", "mian"], "mian: give claims"),
                        (["--workers", "-1"], "at least 0")):
         monkeypatch.setattr(sys, "argv", [*call, *argv])
         with pytest.raises(SystemExit):

@@ -350,6 +350,9 @@ def test_metrics_go_to_a_service_that_is_installed_and_asked_for(service, small,
         def __init__(self, folder, purge_step):
             assert folder.endswith("/tensorboard/tensorboard") and purge_step == 1
 
+        def flush(self):
+            pass
+
         def add_scalar(self, name, value, step):
             seen.append((step, {name: value}))
 
