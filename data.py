@@ -215,7 +215,7 @@ def load_hub(name: str, split: str):
         raise UserError(f"cannot load the data set {path} ({reason}); {mend}") from None
 
 
-def read_json(text: str, where: str):
+def read_json(text: bytes, where: str):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -239,14 +239,12 @@ def read_rows(name: str, split: str):
         except ArrowException as error:
             raise UserError(f"{name}: cannot be read as Parquet ({error})".splitlines()[0]) from None
     else:
-        try:
-            text = path.read_text("utf-8-sig")  # which may begin with a mark of its byte order
-        except UnicodeDecodeError:
-            raise UserError(f"{name}: not UTF-8 text") from None
-        if path.suffix == ".json" and text.lstrip().startswith("["):  # one array, as MathInstruct has it
+        text = path.read_bytes()
+        first = text[:64].lstrip(b"\xef\xbb\xbf \t\r\n")[:1]  # behind a mark of the byte order
+        if path.suffix == ".json" and first == b"[":  # one array, as MathInstruct has it
             rows = read_json(text, name)
         else:
-            places = ((f"{name} line {number}", line) for number, line in enumerate(text.split("\n"), 1))
+            places = ((f"{name} line {number}", line) for number, line in enumerate(text.split(b"\n"), 1))
             yield from ((where, read_json(line, where)) for where, line in places if line.strip())
             return
     yield from ((f"{name} row {i}", row) for i, row in enumerate(rows, 1))

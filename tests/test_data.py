@@ -429,12 +429,12 @@ def test_a_bad_row_is_one_line_with_its_number(line, message, tmp_path):
     [
         ("empty.jsonl", b"", "holds no problems"),
         ("blank.jsonl", b"\n \n", "holds no problems"),
-        ("latin.jsonl", '{"question": "é", "answer": "1"}'.encode("latin-1"), "not UTF-8"),
+        ("latin.jsonl", '{"question": "é", "answer": "1"}'.encode("latin-1"), "not JSON"),
         ("missing.jsonl", None, "no such file"),
         ("missing.parquet", None, "no such file"),
         ("bad.parquet", b"PAR2", "cannot be read as Parquet"),
         ("bad.json", b'[{"question": "q"', "not JSON"),
-        ("latin.json", b'[{"question": "\xe9"}]', "not UTF-8"),
+        ("latin.json", b'[{"question": "\xe9"}]', "not JSON"),
         (".", None, "doesn't contain any data files.*give a local copy instead: a .jsonl"),
     ],
 )

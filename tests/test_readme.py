@@ -148,7 +148,7 @@ def test_the_commands_that_are_marked_as_quick_run_as_they_stand(monkeypatch, ca
 # ------------------------------------------------------------------------------------------------ the house
 
 BUDGETS = {
-    "rewards": 140, "train": 740, "ppo": 240, "rollout": 380, "prm": 700, "model": 600, "data": 470, "eval": 520,
+    "rewards": 140, "train": 740, "ppo": 240, "rollout": 380, "prm": 700, "model": 600, "data": 465, "eval": 520,
     "grader": 1900,
 }
 ORDER = ("grader", "data", "model", "rewards", "rollout", "ppo", "prm", "eval", "train")  # each imports those before it
