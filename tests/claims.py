@@ -528,9 +528,9 @@ def paragraphs(found: dict) -> dict[str, list[str]]:
     kernels = " ".join(f"{key}={value}" for key, value in OTHER_KERNELS.items())
     first = {name: [rows["main"][name][head][0] for head in ("greedy %", "sampled %")] for name in rows["drift"]}
     text["drift"] = [f"""A rerun on one machine gives the same digits. Another processor rounds otherwise, and a sampled
-        token that differs makes another run of it: expect the verdicts and numbers within these intervals, not the
-        digits. The table is of seed 0, preparation included, by kernels without AVX2 (`{kernels}`). Greedy and sampled
-        accuracy of the same runs in `main`: {listed([f"`{name}` {listed(x)} %" for name, x in first.items()])}."""]
+        token that differs makes another run of it: expect the verdicts, and means like these, not the digits. The table
+        is of seed 0, preparation included, by kernels without AVX2 (`{kernels}`). Greedy and sampled accuracy of the
+        same runs in `main`: {listed([f"`{name}` {listed(x)} %" for name, x in first.items()])}."""]
     return text
 
 
