@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 
 from data import (  # before torch, see there
-    SEEDS, Problem, TextOptions, UserError, data_sets, encode_prompts, is_toy, judge, load_hub, load_problems, option,
+    SEEDS, Problem, TextOptions, UserError, data_sets, encode_prompts, is_toy, load_hub, load_problems, option,
     oracle, problems_key, read_rows, run_script, split_steps, steps_of, whole_lines, write,
 )
 import torch
@@ -33,8 +33,8 @@ from transformers import HfArgumentParser
 
 import prm
 from grader import extract, grade
-from model import DTYPES, eos_ids, gather, load_causal_lm, load_tokenizer, processes, rank, say, world_size
-from rollout import as_sampler, rollout
+from model import DTYPES, gather, load_causal_lm, load_tokenizer, processes, rank, say, world_size
+from rollout import as_sampler
 
 PER_ANSWER = ("steps", "tokens", "repeats", "truncated")
 AGGREGATES = {"last": lambda s: s[-1], "min": min, "mean": statistics.fmean, "product": math.prod}  # of step scores
@@ -53,16 +53,11 @@ def answer(model, tokenizer, problems, indices, opts: TextOptions, *, n=1, seed=
     """n answers to each of the problems with these indices, in order: rows of `judge`, without tokens, with "index" and
     "vote", which of the answers to its problem is the first equal one. They depend on seed and index, not on the other
     indices. model: a causal LM or a Sampler; sampling: as of `rollout`."""
-    sampler, chosen = as_sampler(model), [problems[i] for i in indices]
-    prompts = encode_prompts(tokenizer, chosen, opts.prompt, opts.max_prompt_tokens) if chosen else []
-    limits = dict(max_new_tokens=opts.max_new_tokens, eos_ids=eos_ids(sampler.model, tokenizer))
-    seeds, progress = [seed * 1_000_003 + i for i in indices], "" if rank() else progress
-    samples = rollout(sampler, prompts, n, seeds=seeds, progress=progress, **limits, **sampling)
-    rows = judge(tokenizer, chosen, samples, opts.separator)
-    for i, group in zip(indices, in_groups(rows, n)):
+    rows = prm.sample_answers(as_sampler(model), tokenizer, problems, indices, opts, n, seed, progress, **sampling)
+    for group in in_groups(rows, n):
         votes = same_answers([None if row["truncated"] else extract(row["response"]) for row in group])
         for row, candidate in zip(group, votes):
-            row.update(index=i, vote=candidate)
+            row["vote"] = candidate
             del row["ids"], row["token_ends"]
     return rows
 

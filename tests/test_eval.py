@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import eval as evaluation
+import prm
 from data import Problem, TextOptions, UserError, load_problems, run_script, steps_of, toy_tokenizer
 from eval import (
     AGGREGATES, EvalOptions, Scorer, before_after, best_of, bootstrap, interval, measures, parse, pass_at_k,
@@ -131,9 +132,9 @@ def test_references_are_graded_as_correct_through_the_whole_path(tmp_path, monke
         prompts.extend(asked)
         return [[Sample(i, tokenizer(given[i])["input_ids"] + [0], False)] for i in range(len(asked))]
 
-    monkeypatch.setattr(evaluation, "rollout", generate)
+    monkeypatch.setattr(prm, "rollout", generate)
     monkeypatch.setattr(evaluation, "as_sampler", lambda model: SimpleNamespace(model=model))
-    monkeypatch.setattr(evaluation, "eos_ids", lambda *_: [0])
+    monkeypatch.setattr(prm, "eos_ids", lambda *_: [0])
     text = TextOptions("Q: {question}", "\n\n", 99, 99)
     summary, found = evaluation.evaluate(None, tokenizer, load_problems(str(file)), text)
     assert [row["correct"] for row in found] == [True, True, False] and [row["steps"] for row in found] == [2, 2, 1]
@@ -236,13 +237,13 @@ def test_a_model_is_evaluated_once_and_another_reward_model_reads_its_answers(fo
 
 def test_a_block_fills_the_slots(folder, monkeypatch, capsys, tmp_path):
     """40 problems and 256 slots: all go in one rollout, which shows its own progress."""
-    calls, rollout = [], evaluation.rollout
+    calls, rollout = [], prm.rollout
 
     def counted(sampler, prompts, n, **more):
         calls.append((len(prompts), n, more["temperature"], bool(more["progress"])))
         return rollout(sampler, prompts, n, **more)
 
-    monkeypatch.setattr(evaluation, "rollout", counted)
+    monkeypatch.setattr(prm, "rollout", counted)
     problems = write_problems(tmp_path / "p.jsonl", 40)
     call(monkeypatch, capsys, *options(folder, problems, tmp_path / "out", "--samples", 2))
     assert calls == [(40, 1, 0.0, True), (40, 2, 1.0, True)]
@@ -260,7 +261,7 @@ def test_a_killed_call_goes_on_and_ends_as_one_that_was_not(folder, monkeypatch,
     argv = lambda out: options(folder, problems, tmp_path / out, "--samples", 2, "--slots", 2, "--prm", folder / "rm")
     files = lambda out: {path.name: path.read_bytes() for path in (tmp_path / out).glob("*.jsonl")}
     call(monkeypatch, capsys, *argv("whole"))
-    whole, rollout, calls = files("whole"), evaluation.rollout, []
+    whole, rollout, calls = files("whole"), prm.rollout, []
 
     def killed_at(last: int):
         def counted(*args, **more):
@@ -270,7 +271,7 @@ def test_a_killed_call_goes_on_and_ends_as_one_that_was_not(folder, monkeypatch,
             return rollout(*args, **more)
 
         calls.clear()
-        monkeypatch.setattr(evaluation, "rollout", counted)
+        monkeypatch.setattr(prm, "rollout", counted)
 
     for last in (2, 5):  # among the greedy answers, and among the sampled
         killed_at(last)
